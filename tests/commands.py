@@ -1,7 +1,7 @@
-"""Runs commands in processes of their own that have the libraries already: `command`.
+"""Runs commands in separate processes that have already imported the libraries: `command`.
 
-Starting Python, torch and transformers takes most of a short command's time. One process loads them and splits itself
-for each command, which then runs as `python -m` would run it.
+Starting Python, torch and transformers takes most of a short command's time. One process imports them and forks
+for each command, which then runs as under `python -m`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LONGEST_S = 120
-"""For a command, the first one's libraries included."""
+"""Time limit of a command in seconds, including the first one's imports."""
 
 
 class Commands:
-    """The process that commands split off; it ends with this one."""
+    """The process that commands are forked from; it ends with this one."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[str] | None = None
@@ -59,7 +59,7 @@ COMMANDS = Commands()
 
 
 def command(module: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """As `python -m MODULE ARGUMENTS` in `cwd`, with this process's environment; nothing was trained in it before.
+    """Runs `python -m MODULE ARGUMENTS` in `cwd`, with this environment, in a process that has trained nothing.
 
     What Python or a library reads while it starts (PYTHON…, HF_…) is that of the first command.
 
@@ -69,7 +69,7 @@ def command(module: str, *arguments: str, cwd: Path) -> subprocess.CompletedProc
 
 
 def main() -> None:
-    """The process: an order a line, an exit code a line."""
+    """The process's loop: reads one command a line, writes one exit code a line."""
     from llmft.core.imports import load_libraries
 
     load_libraries()
@@ -84,8 +84,8 @@ def main() -> None:
 
 def _run(module: str, arguments: list[str], cwd: str, printed: list[str], environment: dict[str, str]) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    for place, path in enumerate(printed, 1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), place)
+    for descriptor, path in enumerate(printed, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)

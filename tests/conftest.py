@@ -1,4 +1,4 @@
-"""What the tests share. Everything runs offline, on the CPU, with one thread."""
+"""Fixtures and helpers of all tests. Everything runs offline, on the CPU, with one thread."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ SMALL = [
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Where the tests of tests/gpu compute."""
+    """Adds --device, on which tests/gpu compute."""
     parser.addoption("--device", choices=("cuda", "cpu"), default="cuda", help="of tests/gpu; cpu tries them out")
 
 
@@ -60,7 +60,7 @@ def shared_data() -> Path:
 
 
 def compose(*overrides: str, schema: bool = True, verb: str = "train", kind: type | None = None) -> Any:
-    """The config that a command line with `overrides` gives; of another verb with the dataclass `kind`.
+    """The config of a command line with `overrides`; of another verb with the dataclass `kind`.
 
     Composed once for all tests that write elsewhere alone.
     """
@@ -116,20 +116,20 @@ def two_runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two short runs on the embedded task, of different ranks and with other answers."""
     from llmft.train import train
 
-    made = []
+    runs = []
     for rank in (2, 4):
         root = tmp_path_factory.mktemp("run")
-        given = [f"output_dir={root}", f"lora.r={rank}", "trainer.precision=fp32", "trainer.accelerator=cpu"]
-        given += ["trainer.max_steps=12", "trainer.validate_every=12", "task.max_new_tokens=12", f"seed={rank}"]
-        train(compose(*SMALL, *given), quiet=True)
-        made.append(run_directory(root))
-    return made
+        overrides = [f"output_dir={root}", f"lora.r={rank}", "trainer.precision=fp32", "trainer.accelerator=cpu"]
+        overrides += ["trainer.max_steps=12", "trainer.validate_every=12", "task.max_new_tokens=12", f"seed={rank}"]
+        train(compose(*SMALL, *overrides), quiet=True)
+        runs.append(run_directory(root))
+    return runs
 
 
 def run_directory(root: Path) -> Path:
     """The one run directory below `root`."""
-    (found,) = (root / "runs").iterdir()
-    return found
+    (directory,) = (root / "runs").iterdir()
+    return directory
 
 
 def llmft(*arguments: str, cwd: Path, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -147,5 +147,5 @@ def llmft(*arguments: str, cwd: Path, timeout: float = 120, **environment: str) 
 
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Tokens are cached in a folder of this test run."""
+    """Caches tokens in a folder of this test run."""
     os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("cache"))

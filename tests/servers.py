@@ -1,4 +1,4 @@
-"""Servers on this machine: a small Hub to send to, and some that answer badly, or not at all."""
+"""Local servers: a small Hub to push to, and servers that answer badly or not at all."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ BAD: dict[str, Callable[[], Answer | None]] = {
 
 @contextmanager
 def server(kind: str) -> Iterator[str]:
-    """The address of a server that answers as BAD[kind] says."""
+    """The address of a server that answers with BAD[kind]."""
     answer = BAD[kind]()
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
@@ -84,10 +84,10 @@ def server(kind: str) -> Iterator[str]:
 
 
 class Hub(ThreadingHTTPServer):
-    """As much of the Hub as a push needs: it keeps the files of one repository, and who asked for what.
+    """The part of the Hub that a push needs: it records the files of one repository and all requests.
 
     Attributes:
-        public: whether the repository is there already, for all to see.
+        public: whether the repository exists already and is public.
         refusing: parts of paths that are answered with 401; `silent`: not at all.
     """
 
@@ -102,7 +102,7 @@ class Hub(ThreadingHTTPServer):
 
     @property
     def address(self) -> str:
-        """What HF_ENDPOINT is set to."""
+        """The value for HF_ENDPOINT."""
         return f"http://127.0.0.1:{self.server_port}"
 
 
@@ -110,7 +110,7 @@ class _HubHandler(BaseHTTPRequestHandler):
     server: Hub
 
     def log_message(self, *arguments: Any) -> None:
-        """Says nothing."""
+        """Logs nothing."""
 
     def do_GET(self) -> None:
         private = not self.server.public
@@ -132,21 +132,21 @@ class _HubHandler(BaseHTTPRequestHandler):
                     self.server.files[value["path"]] = self.server.large[value["oid"]]
             self._answer({"commitUrl": f"{self.server.address}/me/writers/commit/1", "commitOid": "1"})
             return
-        asked = json.loads(body)
+        request = json.loads(body)
         if self.path == "/api/repos/create":
-            self.server.created = asked
+            self.server.created = request
             self._answer({"url": f"{self.server.address}/me/writers"})
         elif "/preupload/" in self.path:
             kinds = {True: "lfs", False: "regular"}
             files = [
                 {"path": file["path"], "uploadMode": kinds[file["path"].endswith("safetensors")], "shouldIgnore": False}
-                for file in asked["files"]
+                for file in request["files"]
             ]
             self._answer({"files": files})
         elif self.path.endswith("/info/lfs/objects/batch"):
             objects = [
                 {**one, "actions": {"upload": {"href": f"{self.server.address}/large/{one['oid']}"}}}
-                for one in asked["objects"]
+                for one in request["objects"]
             ]
             self._answer({"transfer": "basic", "objects": objects})
         else:
@@ -161,7 +161,7 @@ class _HubHandler(BaseHTTPRequestHandler):
     def _answer(self, content: dict[str, Any] | None) -> None:
         refused = content is None or re.search(self.server.refusing, self.path)
         text = json.dumps({"error": "not yours"} if refused else content).encode()
-        with suppress(OSError):  # a client that waited no longer
+        with suppress(OSError):  # a client that gave up waiting
             self.send_response(401 if refused else 200)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(text)))

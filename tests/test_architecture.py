@@ -11,7 +11,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "llmft"
 FOLDERS = re.findall(r"\w+", (PACKAGE / "README.md").read_text().split("```")[1].strip().splitlines()[0])
-"""The folders in their order, as the map draws it."""
+"""The folders in the order of the map."""
 
 
 def modules() -> dict[str, Path]:
@@ -34,7 +34,7 @@ def statements(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
 
 @cache
 def imports() -> dict[str, set[str]]:
-    """The modules of ours that each module imports."""
+    """The modules of llmft that each module imports."""
     paths = modules()
     graph: dict[str, set[str]] = {}
     for name, path in paths.items():
@@ -53,7 +53,7 @@ def imports() -> dict[str, set[str]]:
 
 
 def level(module: str) -> int:
-    """The place of a module's folder in the order; then other folders, then the commands."""
+    """The rank of a module's folder in the order; then other folders, then the commands."""
     top, *inner = module.removeprefix("llmft").lstrip(".").split(".")
     if top in FOLDERS:
         return FOLDERS.index(top)

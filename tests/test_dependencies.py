@@ -1,4 +1,4 @@
-"""What pyproject.toml allows: every library has a ceiling, and those whose internals are used have a close one."""
+"""pyproject.toml's version limits: every library has an upper bound, and a tight one where its internals are used."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ INTERNALS = [
     "wandb",
     "optuna",
 ]
-"""More than documented functions of these is used, so a minor release can change numbers or switch a path off."""
+"""Internals of these are used, so a minor release can change numbers or disable a code path."""
 
 
 def ceiling(requirement: Requirement) -> Version | None:

@@ -29,7 +29,7 @@ def command(path: Path) -> list[str]:
 
 
 def rows(path: Path) -> Path:
-    """Rows with the columns of every experiment, in two classes that words tell apart."""
+    """Rows with the columns of every experiment, in two classes with different words."""
     names = ["id", "Question", "Response", "target", "original_text", "rewrite_prompt", "rewritten_text"]
     names += ["instruction", "output", "input", "chosen", "rejected", "degree"]
     with path.open("w", newline="") as file:
@@ -65,7 +65,7 @@ def test_the_command_in_an_experiments_first_line_composes(path: Path) -> None:
 
 @pytest.fixture(scope="session")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sentence encoder of nothing but random word vectors."""
+    """A sentence encoder of random word vectors alone."""
     return tiny_encoder(tmp_path_factory.mktemp("encoder"))
 
 
@@ -101,8 +101,8 @@ def tiny_encoder(folder: Path) -> Path:
 @pytest.mark.parametrize("path", TRAINED, ids=lambda path: path.stem)
 def test_every_experiment_trains_with_a_tiny_twin(path: Path, tmp_path: Path, encoder: Path) -> None:
     file = rows(tmp_path / "train.csv")
-    own: dict[str, Any] = {**TWINS[compose(*command(path)).model.architecture], "vocab_size": 1024}
-    small = ", ".join(f"{name}: {json.dumps(value)}" for name, value in own.items())
+    shape: dict[str, Any] = {**TWINS[compose(*command(path)).model.architecture], "vocab_size": 1024}
+    small = ", ".join(f"{name}: {json.dumps(value)}" for name, value in shape.items())
     overrides = [argument for argument in command(path) if not argument.startswith("data.files=")]
     options = f"task.metric_options={{sharpened_cosine: {{encoder: '{encoder}'}}}}"
     more = [options] if path.stem == "prompt_recovery" else []

@@ -1,4 +1,4 @@
-"""Code of others stays as it is: nothing is assigned to their modules and classes but in the places named here."""
+"""Other libraries stay unpatched: nothing is assigned to their modules and classes except in the files named here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 THEIRS = {"torch", "transformers", "peft", "bitsandbytes", "lightning", "accelerate", "datasets", "huggingface_hub",
           "hydra", "omegaconf", "optuna", "wandb", "numpy", "scipy", "sys", "warnings", "tokenizers"}  # fmt: skip
 KERNELS = "model/kernels/"
-"""Gives a model's own modules other forwards, and registers an attention."""
+"""Replaces forwards of a model's own modules, and registers an attention."""
 ALLOWED = {
     ("model/families.py", "modeling_falcon.FalconLinear"): "a mend: transformers does not quantise this subclass",
     ("training/session.py", "torch.utils.deterministic.fill_uninitialized_memory"): "a documented setting of torch",
@@ -28,7 +28,7 @@ def root_of(node: ast.expr) -> str | None:
 
 
 def patches(source: str) -> Iterator[str]:
-    """What a file assigns to others' modules, and which forwards it replaces."""
+    """A file's assignments to other libraries' modules, and the forwards it replaces."""
     tree = ast.parse(source)
     theirs: set[str] = set()
     for node in ast.walk(tree):
@@ -79,8 +79,8 @@ def files() -> Iterator[tuple[str, str]]:
 
 
 def test_nothing_is_assigned_to_a_module_or_class_of_others_but_where_it_is_named() -> None:
-    found = {(name, patch) for name, source in files() if not name.startswith(KERNELS) for patch in patches(source)}
-    assert not found - ALLOWED.keys()
+    assigned = {(name, patch) for name, source in files() if not name.startswith(KERNELS) for patch in patches(source)}
+    assert not assigned - ALLOWED.keys()
 
 
 def test_the_search_sees_patches() -> None:
@@ -130,5 +130,5 @@ after = state()
 print(len(before) > 10_000, [key for key, value in before.items() if after.get(key) is not value])
 print(warnings.filters == filters)
 """
-    done = subprocess.run([sys.executable, "-c", body], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.stdout.splitlines()[-2:] == ["True []", "True"], done.stdout[-2000:] + done.stderr[-2000:]
+    result = subprocess.run([sys.executable, "-c", body], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.stdout.splitlines()[-2:] == ["True []", "True"], result.stdout[-2000:] + result.stderr[-2000:]

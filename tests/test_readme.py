@@ -1,4 +1,4 @@
-"""The door: set-up, ready sweeps, and a built wheel that works from any directory."""
+"""The README: set-up, ready sweeps, and a built wheel that works from any directory."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ DOORS = ["README.md", *(f"{folder}/README.md" for folder in FOLDERS)]
 
 def test_the_two_set_up_commands_are_marked_and_alone_in_their_blocks() -> None:
     for name in ("main", "test"):
-        found = re.findall(rf"<!-- fresh-machine: {name} -->\n```bash\n([^\n]+)\n```", README)
-        assert len(found) == 1, name
-        assert found[0].startswith("pip install -e")
+        commands = re.findall(rf"<!-- fresh-machine: {name} -->\n```bash\n([^\n]+)\n```", README)
+        assert len(commands) == 1, name
+        assert commands[0].startswith("pip install -e")
 
 
 def test_the_readme_is_a_door() -> None:
@@ -36,8 +36,8 @@ def test_every_link_of_a_readme_leads_somewhere(path: Path) -> None:
 
 def test_a_built_wheel_finds_its_configs_from_any_directory(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
-    done = subprocess.run(build, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    result = subprocess.run(build, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
     (wheel,) = tmp_path.glob("*.whl")
     venv.create(tmp_path / "venv", with_pip=False)
     python = tmp_path / "venv" / "bin" / "python"
@@ -52,12 +52,12 @@ def test_a_built_wheel_finds_its_configs_from_any_directory(tmp_path: Path) -> N
         [python, "-c", "import llmft; print(llmft.__file__)"], cwd=elsewhere, capture_output=True, text=True
     )
     assert where.stdout.strip().startswith(str(site)), where.stdout + where.stderr
-    done = subprocess.run(
+    result = subprocess.run(
         [python, "-m", "llmft", "logger=none", "trainer.max_steps=2", "data.rows={train: 32, validation: 8, test: 0}"],
         cwd=elsewhere,
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert result.returncode == 0, result.stdout + result.stderr
     assert (elsewhere / "outputs" / "runs").is_dir()

@@ -1,4 +1,4 @@
-"""The main job: a config becomes a run directory, the same one every time."""
+"""Training: a config becomes a run directory, the same one every time."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float | Non
 
 @pytest.fixture
 def copied(trained: tuple[Path, float | None], tmp_path: Path) -> Path:
-    """Its run directory in another place, to change."""
+    """A copy of its run directory that a test may change."""
     shutil.copytree(trained[0], tmp_path, dirs_exist_ok=True)
     return run_directory(tmp_path)
 
@@ -77,14 +77,14 @@ def test_the_run_directorys_config_composes_the_same_run_again(trained: tuple[Pa
 def test_the_second_call_finds_the_finished_run_and_force_runs_it_again(
     trained: tuple[Path, float | None], copied: Path, tmp_path: Path
 ) -> None:
-    own, first = [*OWN, f"output_dir={tmp_path}"], trained[1]
+    overrides, first = [*OWN, f"output_dir={tmp_path}"], trained[1]
     before = {path: path.stat().st_mtime_ns for path in copied.rglob("*") if path.is_file()}
     began = time.process_time()
-    assert train(compose(*own), quiet=True) == first
+    assert train(compose(*overrides), quiet=True) == first
     assert time.process_time() - began < 2.0
     changed = [p for p, stamp in before.items() if p.stat().st_mtime_ns != stamp and p.name != ".lock"]
     assert changed == []
-    assert train(compose(*own, "force=true"), quiet=True) == first
+    assert train(compose(*overrides, "force=true"), quiet=True) == first
     assert run_directory(tmp_path) == copied
     assert all(path.stat().st_mtime_ns != before[path] for path in copied.glob("adapter/*.safetensors"))
 
@@ -93,8 +93,8 @@ def test_the_same_config_gives_bit_identical_metrics_and_weights(
     trained: tuple[Path, float | None], tmp_path: Path
 ) -> None:
     """In one process after another run, and in a process that trained nothing: sharing the base changes nothing."""
-    done = command("llmft", *OWN, f"output_dir={tmp_path}", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    result = command("llmft", *OWN, f"output_dir={tmp_path}", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
     a, b = run_directory(trained[0]), run_directory(tmp_path)
     assert a.name == b.name
     assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
@@ -209,7 +209,7 @@ def test_early_stopping_ends_the_run_with_its_best_weights(tmp_path: Path) -> No
 
 
 def test_two_commands_at_once_train_one_run_once(tmp_path: Path) -> None:
-    long = "trainer.max_steps=4000"  # the first is still at it when the second asks, however slow the machine
+    long = "trainer.max_steps=4000"  # the first still holds the lock when the second asks, even on a slow machine
     first = start(tmp_path, long)
     wait_for_step(tmp_path, 1, first)
     with pytest.raises(ConfigError, match=f"process {first.pid} on"):
@@ -240,26 +240,26 @@ CHOICES = [
     ["trainer.precision=bf16"],
 ]
 TOGETHER = [[0, 3, 8, 11, 16], [1, 5, 9, 12, 14, 17], [2, 4, 10, 13, 15], [6, 7, 18]]
-"""Choices that do not get in each other's way; alone, each is tried by a slow test."""
+"""Choices that can be combined; a slow test tries each alone."""
 
 
 @pytest.mark.parametrize("numbers", [*TOGETHER, *(pytest.param([n], marks=pytest.mark.slow) for n in range(19))])
 def test_every_choice_trains(small: Callable[..., Any], tmp_path: Path, numbers: list[int]) -> None:
-    assert sorted(number for own in TOGETHER for number in own) == list(range(len(CHOICES)))
+    assert sorted(number for group in TOGETHER for number in group) == list(range(len(CHOICES)))
     train(small(*(override for number in numbers for override in CHOICES[number])), quiet=True)
     validated = [r["val/loss_nats"] for r in records(run_directory(tmp_path)) if "val/loss_nats" in r]
     assert validated[-1] < validated[0]
 
 
 def test_gradient_checkpointing_changes_no_number(tmp_path: Path) -> None:
-    found = []
+    runs = []
     for value in ("true", "false"):
-        own = [f"output_dir={tmp_path}/{value}", f"trainer.gradient_checkpointing={value}", "lora.dropout=0.1"]
-        train(compose(*SMALL, *own), quiet=True)
-        found.append(run_directory(tmp_path / value))
-    assert len({directory.name for directory in found}) == 1, "no part of the key"
-    assert len({adapter_bytes(directory) for directory in found}) == 1
-    assert len({(directory / "metrics.jsonl").read_bytes() for directory in found}) == 1
+        overrides = [f"output_dir={tmp_path}/{value}", f"trainer.gradient_checkpointing={value}", "lora.dropout=0.1"]
+        train(compose(*SMALL, *overrides), quiet=True)
+        runs.append(run_directory(tmp_path / value))
+    assert len({directory.name for directory in runs}) == 1, "no part of the key"
+    assert len({adapter_bytes(directory) for directory in runs}) == 1
+    assert len({(directory / "metrics.jsonl").read_bytes() for directory in runs}) == 1
 
 
 def test_a_random_architecture_of_any_model_trains_without_its_files(small: Callable[..., Any], tmp_path: Path) -> None:
@@ -272,8 +272,8 @@ def test_a_random_architecture_of_any_model_trains_without_its_files(small: Call
 
 
 def test_real_input_learns(shared_data: Path, tmp_path: Path) -> None:
-    """A pretrained checkpoint of others and Alpaca rows, by plain overrides on the command line."""
-    done = command(
+    """A public pretrained checkpoint and Alpaca rows, by overrides on the command line."""
+    result = command(
         "llmft",
         "model=local",
         f"model.path={shared_data}/models/stories260K",
@@ -291,20 +291,20 @@ def test_real_input_learns(shared_data: Path, tmp_path: Path) -> None:
         "logger=none",
         cwd=tmp_path,
     )
-    assert done.returncode == 0, done.stderr
+    assert result.returncode == 0, result.stderr
     validated = [r["val/loss_nats"] for r in records(run_directory(tmp_path / "outputs")) if "val/loss_nats" in r]
     assert validated[0] > 4.0
     assert validated[-1] < validated[0] - 0.5
 
 
 def test_the_embedded_example_reaches_its_numbers(tmp_path: Path) -> None:
-    done = llmft("logger=none", cwd=tmp_path, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "Trainer.fit" not in done.stdout + done.stderr, "a library speaks for itself"
-    result = json.loads((run_directory(tmp_path / "outputs") / "run.json").read_text())["result"]
-    assert result["after"]["val/exact_match"] > 0.8
-    assert result["after"]["test/exact_match"] > 0.8
-    assert result["after"]["val/loss_nats"] < 0.5 * result["before"]["val/loss_nats"]
+    result = llmft("logger=none", cwd=tmp_path, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert "Trainer.fit" not in result.stdout + result.stderr, "a library speaks for itself"
+    numbers = json.loads((run_directory(tmp_path / "outputs") / "run.json").read_text())["result"]
+    assert numbers["after"]["val/exact_match"] > 0.8
+    assert numbers["after"]["test/exact_match"] > 0.8
+    assert numbers["after"]["val/loss_nats"] < 0.5 * numbers["before"]["val/loss_nats"]
 
 
 def test_a_damaged_adapter_is_made_again_from_the_best_checkpoint(copied: Path, tmp_path: Path) -> None:

@@ -4,14 +4,14 @@
     python -m tests.bench.bench_gpu --device cpu --model tiny          # the same on a tiny model, to try it out
 
 The model has Mistral-7B's shape and random weights, made and quantised on the device. A step is one micro-batch of rows
-of 200 to 1024 tokens with answers of 4 to 32, and the adapter's B is away from zero, so that losses tell whether it is
-computed. llmft trains as a run does: its kernels, nothing that is not deterministic, no layer computed again unless
-that is said. transformers' Trainer and TRL (where installed) pad and compute layers again, as they do at such sizes.
+of 200 to 1024 tokens with answers of 4 to 32, and the adapter's B is not zero, so that losses show whether it is
+computed. llmft trains as a run does: its kernels, deterministic operations alone, no layer computed again unless
+stated. transformers' Trainer and TRL (where installed) pad and compute layers again, as they do at such sizes.
 
 The share of the roof is tokens/s times 4P floating-point operations (6P where layers are computed again), P the weights
 of linear layers, over what a product of two large matrices reaches here. A row without the losses of a plain PEFT
-forward is not shown. Every line is printed at once; the first row of llmft stands before the peers' in case the
-deadline, in seconds from the start, comes first.
+forward is not shown. Every line is printed at once; llmft's first row comes before the peers' in case the
+deadline, in seconds from the start, is reached.
 """
 
 from __future__ import annotations
@@ -60,15 +60,15 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 PARITY_MEDIAN, PARITY_MOST = 5e-3, 1e-1
-"""In bf16, whose products round otherwise with every order of additions; see TRL's own measurements (pull 5575)."""
+"""In bf16, whose products round differently in each order of additions; see TRL's own measurements (pull 5575)."""
 WARM_UP = 3
 BEGAN = time.monotonic()
 Row = tuple[list[int], int]
-"""Token ids, and how many of them, at the end, are learned."""
+"""Token ids, and the number of learned ones at their end."""
 
 
 class Step(NamedTuple):
-    """What was seen of one."""
+    """One step's loss, seconds and tokens."""
 
     loss: float
     seconds: float
@@ -97,9 +97,9 @@ def padded(rows: list[Row], device: torch.device | str = "cpu") -> dict[str, tor
     width = max(len(ids) for ids, _ in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-    for place, (row, answer) in enumerate(rows):
-        ids[place, : len(row)], mask[place, : len(row)] = torch.tensor(row), 1
-        labels[place, len(row) - answer : len(row)] = torch.tensor(row[-answer:])
+    for index, (row, answer) in enumerate(rows):
+        ids[index, : len(row)], mask[index, : len(row)] = torch.tensor(row), 1
+        labels[index, len(row) - answer : len(row)] = torch.tensor(row[-answer:])
     return {name: t.to(device) for name, t in (("input_ids", ids), ("attention_mask", mask), ("labels", labels))}
 
 
@@ -230,7 +230,7 @@ def timed_steps(
 
 
 def ours(setting: Setting, tokens: int, steps: int, *, recompute: bool = False, strict: bool = True) -> list[Step]:
-    """llmft's objective on its own forward; `strict` as trainer.deterministic."""
+    """Steps of llmft's objective and forward; `strict` is trainer.deterministic."""
     from llmft.data.batch import MicroBatch
     from llmft.training.finetuner import deterministic_only
     from llmft.training.objectives.language_modeling import LanguageModeling
@@ -239,17 +239,17 @@ def ours(setting: Setting, tokens: int, steps: int, *, recompute: bool = False, 
 
     def loss_of(model: Any, batch: dict[str, torch.Tensor]) -> Any:
         ones = torch.ones(len(batch["labels"]), device=setting.device)
-        found = objective.losses(model, MicroBatch(**batch, weights=ones, targets=None, rows=[]))
-        return found.nll.sum() / found.counts.sum()
+        loss = objective.losses(model, MicroBatch(**batch, weights=ones, targets=None, rows=[]))
+        return loss.nll.sum() / loss.counts.sum()
 
     with setting.adapted(plain=False, recompute=recompute) as model, deterministic_only(strict):
-        found = timed_steps(setting, model, tokens, steps, loss_of)
+        timed = timed_steps(setting, model, tokens, steps, loss_of)
     torch.use_deterministic_algorithms(False)
-    return found
+    return timed
 
 
 def plain(setting: Setting, tokens: int, steps: int) -> list[Step]:
-    """PEFT's own forward on padded rows, logits everywhere: what losses are compared with."""
+    """Steps of PEFT's forward on padded rows with logits everywhere: the reference for losses."""
     with setting.adapted(plain=True, recompute=True) as model:
         return timed_steps(setting, model, tokens, steps, lambda m, batch: m(**batch, use_cache=False).loss)
 
@@ -283,9 +283,9 @@ def trainer(setting: Setting, tokens: int, steps: int, *, trl: bool = False) -> 
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
         def compute_loss(self, *arguments: Any, **named: Any) -> Any:
-            found = super().compute_loss(*arguments, **named)
-            losses.append((found[0] if isinstance(found, tuple) else found).detach())
-            return found
+            output = super().compute_loss(*arguments, **named)
+            losses.append((output[0] if isinstance(output, tuple) else output).detach())
+            return output
 
     with setting.adapted(plain=True, recompute=False) as model, tempfile.TemporaryDirectory() as folder:
         settings = arguments(
@@ -310,22 +310,22 @@ def trainer(setting: Setting, tokens: int, steps: int, *, trl: bool = False) -> 
             dataloader_pin_memory=False,
             **more,
         )
-        given: dict[str, Any] = {"data_collator": lambda items: padded(items[0]["rows"]), "callbacks": [Timed()]}
+        options: dict[str, Any] = {"data_collator": lambda items: padded(items[0]["rows"]), "callbacks": [Timed()]}
         data: Any = [{"rows": batch} for batch in batches]
         if trl:
             import datasets
 
             flat = [{"rows": [{"ids": ids, "answer": n} for ids, n in batch]} for batch in batches]
             data = datasets.Dataset.from_list(flat)
-            given["processing_class"] = dummy_tokenizer()
-            given["data_collator"] = lambda items: padded([(row["ids"], row["answer"]) for row in items[0]["rows"]])
-        InOrder(model=model, args=settings, train_dataset=data, **given).train()
+            options["processing_class"] = dummy_tokenizer()
+            options["data_collator"] = lambda items: padded([(row["ids"], row["answer"]) for row in items[0]["rows"]])
+        InOrder(model=model, args=settings, train_dataset=data, **options).train()
     counts = [(sum(len(ids) for ids, _ in batch), sum(answer for _, answer in batch)) for batch in batches]
     return [Step(float(loss), s, *count) for loss, s, count in zip(losses, times, counts, strict=True)]
 
 
 def dummy_tokenizer() -> Any:
-    """TRL wants one, also for rows that are token ids."""
+    """A tokenizer for TRL, which requires one even for rows of token ids."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -335,7 +335,7 @@ def dummy_tokenizer() -> Any:
 
 
 class Report:
-    """Prints every row when it is there, and keeps it as a line of JSON."""
+    """Prints every row at once, and keeps it as a line of JSON."""
 
     def __init__(self, path: Path | None, deadline: float) -> None:
         self.path = path
@@ -349,7 +349,7 @@ class Report:
                 file.write(json.dumps({"at_s": round(time.monotonic() - BEGAN, 1), **record}) + "\n")
 
     def end_in_time(self) -> None:
-        """Ends the process at the deadline, wherever it is: every row that is there has been written."""
+        """Ends the process at the deadline, wherever it is; all rows so far have been written."""
 
         def end() -> None:
             self.say("the deadline: what is missing was not measured", event="deadline")
@@ -361,7 +361,7 @@ class Report:
 
 
 def measure(device: torch.device, action: Callable[[], list[Step]]) -> tuple[list[Step], float] | str:
-    """What `action` saw and its peak memory in GiB, or why there is nothing."""
+    """The result of `action` and its peak memory in GiB, or why it failed."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -377,7 +377,7 @@ def measure(device: torch.device, action: Callable[[], list[Step]]) -> tuple[lis
 def row(
     report: Report, name: str, seen: tuple[list[Step], float] | str, reference: list[Step], of_roof: float, **facts: Any
 ) -> None:
-    """One system's row, or why it is not one; `of_roof` is what a token/s is of the roof."""
+    """Reports one system's row, or why there is none; `of_roof` is the share of the roof per token/s."""
     if isinstance(seen, str):
         report.say(f"  {name:36} {seen}", system=name, missing=seen, **facts)
         return
@@ -399,8 +399,8 @@ def row(
         return
     share = real * of_roof
     record |= {"tokens_per_s": real, "supervised_per_s": supervised, "peak_gib": peak, "share_of_roof": share}
-    told = f"  {name:36} {real:10,.0f} {supervised:12,.0f} {peak:8.1f} {share:7.1%}   {middle:.0e}, {most:.0e}"
-    report.say(told, **record)
+    line = f"  {name:36} {real:10,.0f} {supervised:12,.0f} {peak:8.1f} {share:7.1%}   {middle:.0e}, {most:.0e}"
+    report.say(line, **record)
 
 
 def compare(report: Report, setting: Setting, form: str, tokens: int, steps: int, roof: float) -> None:
@@ -415,7 +415,7 @@ def compare(report: Report, setting: Setting, form: str, tokens: int, steps: int
     if isinstance(reference, str):
         row(report, "plain PEFT, padded, recomputed", reference, [], again, **facts)
         return
-    wanted = reference[0]
+    expected = reference[0]
     systems: dict[str, tuple[Callable[[], list[Step]], float]] = {
         "llmft": (lambda: ours(setting, tokens, steps), keep),
         "llmft again": (lambda: ours(setting, tokens, WARM_UP + 1), keep),
@@ -424,7 +424,7 @@ def compare(report: Report, setting: Setting, form: str, tokens: int, steps: int
         "llmft, trainer.deterministic=false": (lambda: ours(setting, tokens, steps, strict=False), keep),
         "TRL SFTTrainer, padded, recomputed": (lambda: trainer(setting, tokens, steps, trl=True), again),
     }
-    row(report, "plain PEFT, padded, recomputed", reference, wanted, again, **facts)
+    row(report, "plain PEFT, padded, recomputed", reference, expected, again, **facts)
     losses: list[float] = []
     for name, (action, of_roof) in systems.items():
         seen = measure(setting.device, action)
@@ -434,7 +434,7 @@ def compare(report: Report, setting: Setting, form: str, tokens: int, steps: int
             continue
         if name == "llmft" and not isinstance(seen, str):
             losses = [step.loss for step in seen[0]]
-        row(report, name, seen, wanted, of_roof, **facts)
+        row(report, name, seen, expected, of_roof, **facts)
 
 
 def main() -> None:
@@ -446,22 +446,23 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="that are timed")
     parser.add_argument("--deadline", type=float, default=540.0, help="seconds until the process ends, as far as it is")
     parser.add_argument("--json", type=Path, help="a line for every row")
-    asked = parser.parse_args()
-    report = Report(asked.json, asked.deadline)
+    options = parser.parse_args()
+    report = Report(options.json, options.deadline)
     report.end_in_time()
     set_cuda_variables()
     load_libraries()
-    warnings.simplefilter("ignore")  # of peers that are called as they want to be
+    warnings.simplefilter("ignore")  # raised by peers although they are called as documented
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    device = torch.device(asked.device)
+    device = torch.device(options.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    for form in asked.base.split(","):
-        setting = Setting(asked.model, form, device)
+    for form in options.base.split(","):
+        setting = Setting(options.model, form, device)
         roof = product_rate(device, setting.dtype)
-        told = f"{name}, torch {torch.__version__}, matrix products at {roof / 1e12:.1f} TFLOP/s; {asked.model}"
-        report.say(told, device=name, roof_flops=roof, model=asked.model, versions=versions(), dtype=str(setting.dtype))
-        for tokens in map(int, asked.tokens.split(",")):
-            compare(report, setting, form, tokens, WARM_UP + asked.steps, roof)
+        title = f"{name}, torch {torch.__version__}, matrix products at {roof / 1e12:.1f} TFLOP/s; {options.model}"
+        facts = {"device": name, "roof_flops": roof, "model": options.model, "dtype": str(setting.dtype)}
+        report.say(title, **facts, versions=versions())
+        for tokens in map(int, options.tokens.split(",")):
+            compare(report, setting, form, tokens, WARM_UP + options.steps, roof)
         del setting
 
 

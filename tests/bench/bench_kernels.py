@@ -1,4 +1,4 @@
-"""What each piece of llmft/model/kernels gains: CPU time and peak memory of a step of a real model without it.
+"""CPU time and peak memory of a real model's step without each piece of llmft/model/kernels.
 
 `python -m tests.bench.bench_kernels [--rounds 5] [--form none,nf4]` on SmolLM2-135M-Instruct (LLMFT_REAL_MODELS) and
 Alpaca rows, LoRA of rank 8, fp32. The settings take turns in one process, so that a busy machine hurts all alike.
@@ -37,7 +37,7 @@ WITHOUT = {"all": (), "lora": ("lora",), "rmsnorm_swiglu": ("rmsnorm_swiglu",), 
 
 
 def micro_batch(tokenizer: Any, rows: int, most: int) -> MicroBatch:
-    """Rows of like length, as a step takes them, their answers labelled."""
+    """A micro-batch of rows of similar length with labelled answers."""
     encoded = []
     for row in json.loads(DATA.read_text()):
         prompt = tokenizer(f"{row['instruction']}\n{row['input']}\n")["input_ids"]
@@ -45,13 +45,13 @@ def micro_batch(tokenizer: Any, rows: int, most: int) -> MicroBatch:
         if len(prompt) + len(answer) <= most:
             encoded.append((prompt + answer, [-100] * len(prompt) + answer))
     encoded.sort(key=lambda pair: -len(pair[0]))
-    own = encoded[: 3 * rows : 3]
+    chosen = encoded[: 3 * rows : 3]
     ids, labels = (
-        pad_sequence([torch.tensor(pair[place]) for pair in own], True, value) for place, value in ((0, 0), (1, -100))
+        pad_sequence([torch.tensor(pair[part]) for pair in chosen], True, value) for part, value in ((0, 0), (1, -100))
     )
-    lengths = torch.tensor([len(pair[0]) for pair in own])
+    lengths = torch.tensor([len(pair[0]) for pair in chosen])
     mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-    return MicroBatch(ids, mask, labels, torch.ones(len(own)), None, list(range(len(own))))
+    return MicroBatch(ids, mask, labels, torch.ones(len(chosen)), None, list(range(len(chosen))))
 
 
 @contextlib.contextmanager
@@ -59,8 +59,8 @@ def without(model: Any, pieces: tuple[str, ...]) -> Any:
     """The model without these pieces."""
     base = model.get_base_model()
     layers = {id(layer) for layer in lora.lora_layers(model).values()}
-    own = [(m, vars(m)["forward"]) for m in base.modules() if "forward" in vars(m)]
-    for module, _ in own:
+    patched = [(m, vars(m)["forward"]) for m in base.modules() if "forward" in vars(m)]
+    for module, _ in patched:
         if ("lora" if id(module) in layers else "rmsnorm_swiglu") in pieces:
             del module.forward
     if "packing" in pieces:
@@ -68,7 +68,7 @@ def without(model: Any, pieces: tuple[str, ...]) -> Any:
     try:
         yield
     finally:
-        for module, forward in own:
+        for module, forward in patched:
             module.forward = forward
         base.set_attn_implementation(packing.NAME)
 
@@ -82,7 +82,7 @@ def memory_mib(name: str) -> float:
 
 
 def step(model: Any, batch: MicroBatch) -> tuple[float, float, float]:
-    """(CPU seconds, peak MiB over what the process holds before, loss) of one forward and backward."""
+    """(CPU seconds, peak MiB above the process's memory before, loss) of one forward and backward."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")

@@ -65,7 +65,7 @@ def make(directory: Path) -> None:
 def load(folder: Path, name: str, form: str, kind: str) -> dict[str, float]:
     """Seconds of one load in a process of its own."""
     began = time.perf_counter()
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", LOAD, str(folder / name), form, kind, str(folder / f"{kind}.pt")],
         cwd=ROOT,
         env={**os.environ, "HF_DATASETS_CACHE": str(folder / "cache")},
@@ -73,8 +73,8 @@ def load(folder: Path, name: str, form: str, kind: str) -> dict[str, float]:
         text=True,
         check=True,
     )
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return {**found, "process": time.perf_counter() - began}
+    seconds: dict[str, float] = json.loads(result.stdout.splitlines()[-1])
+    return {**seconds, "process": time.perf_counter() - began}
 
 
 def main() -> None:
@@ -88,13 +88,13 @@ def main() -> None:
         make(folder)
         for precision in ("bf16", "fp32"):
             load(folder, precision, form, "cached")  # fills the cache
-            found: dict[str, list[dict[str, Any]]] = {"cold": [], "cached": []}
+            runs: dict[str, list[dict[str, Any]]] = {"cold": [], "cached": []}
             for _ in range(rounds):
-                for kind, times in found.items():
+                for kind, times in runs.items():
                     times.append(load(folder, precision, form, kind))
-            logits = [torch.load(folder / f"{kind}.pt", weights_only=True) for kind in found]
+            logits = [torch.load(folder / f"{kind}.pt", weights_only=True) for kind in runs]
             for part in ("load", "cpu", "process"):
-                cold, cached = (statistics.median(times[part] for times in found[kind]) for kind in found)
+                cold, cached = (statistics.median(times[part] for times in runs[kind]) for kind in runs)
                 print(
                     f"{precision} {form} {part:8} cold {cold:6.2f} s   cached {cached:6.2f} s   {cold / cached:5.1f} x"
                 )

@@ -1,7 +1,7 @@
-"""Losses of GRPO and RLOO beside TRL's on the same answers: `python -m tests.bench.bench_policy [--task rloo]`.
+"""Losses of GRPO and RLOO against TRL's on the same answers: `python -m tests.bench.bench_policy [--task rloo]`.
 
 llmft trains first and keeps what its policy drew; TRL gets the same answers with their rewards, from the same adapter.
-From the second update on, the losses depend on the weights that all steps before have made.
+From the second update on, the losses depend on the weights after all earlier steps.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def overrides_of(task: str, steps: int, beta: float, temperature: float, directo
 
 
 def work_of(config: Any, directory: Path) -> dict[str, Any]:
-    """What TRL is told: the adapter that training begins with, and each window's prompts, answers and rewards."""
+    """TRL's input: the initial adapter, and each window's prompts, answers and rewards."""
     inputs = prepare(config, open_directory=False)
     ready = check_readiness(inputs, check_parts(config), print)
     pad = ready.rows.tokenizer.pad_token_id
@@ -87,14 +87,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--beta", type=float, default=0.04, help="of the divergence: in GRPO's loss, in RLOO's reward")
     parser.add_argument("--temperature", type=float, default=1.0)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     load_libraries()
     print(machine(), versions(TRL), sep="\n")
-    ours, theirs = compare(asked.task, asked.steps, asked.beta, asked.temperature)
-    apart = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+    ours, theirs = compare(options.task, options.steps, options.beta, options.temperature)
+    difference = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
     print(*(f"{a:+.7f} {b:+.7f}" for a, b in zip(ours, theirs, strict=True)), sep="\n")
-    print(f"{asked.task}, {asked.steps} steps: losses at most {apart:.1e} apart")
-    if apart > PARITY:
+    print(f"{options.task}, {options.steps} steps: losses at most {difference:.1e} apart")
+    if difference > PARITY:
         raise SystemExit("the losses differ")
 
 

@@ -1,13 +1,12 @@
-"""Preference training beside TRL's, on pairs of PandaLM: speed and memory of DPO and of a reward model, and a sweep.
+"""Preference training against TRL's, on pairs of PandaLM: speed and memory of DPO and of a reward model, and a sweep.
 
     python -m tests.bench.bench_preference [--model DIR] [--only dpo,reward,sweep] [--parity] [--quick]
 
 All take the same pairs in the same order from the same adapter, in fp32, in turn round by round; a line is shown only
 where its losses agree with llmft's. TRL's fastest micro-batch is tried first, without gradient checkpointing; its own
-default, with it, has a line too. A reference that is computed before the first step has its seconds beside those of
-the steps; "with it" counts them to every pair once, as one pass over the rows has to. The sweep is four betas and two
-seeds: one command of llmft, with all that it always does, against eight processes of TRL, which share what TRL keeps of
-its reference.
+default, with it, has a line too. The seconds of a reference computed before the first step have a column next to the
+steps'; "with it" adds them once per pair, as for one pass over the rows. The sweep is four betas and two seeds: one
+command of llmft, with all that it always does, against eight processes of TRL, which share TRL's cached reference.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ SWEPT: dict[str, Sequence[float]] = {"task.beta": BETAS, "seed": SEEDS}
 
 @dataclass
 class Measured:
-    """What was seen of one system: losses of all steps, seconds of each round's steps, of the reference, memory."""
+    """One system's measurements: losses of all steps, seconds of each round's steps and of the reference, memory."""
 
     system: System
     losses: list[float] = field(default_factory=list)
@@ -64,14 +63,14 @@ class Measured:
     peak_mib: float = 0.0
 
     def add(self, answer: dict[str, Any], *, timed: bool) -> None:
-        """Takes a runner's answer."""
+        """Adds a runner's answer."""
         self.losses += answer["losses"]
         self.reference_s, self.peak_mib = answer["reference_s"], answer["peak_mib"]
         if timed:
             self.seconds.append(sum(answer["seconds"]))
 
-    def apart(self, other: Measured) -> float:
-        """Largest difference of two systems' losses."""
+    def largest_difference(self, other: Measured) -> float:
+        """The largest difference between two systems' losses."""
         return max(abs(a - b) for a, b in zip(self.losses, other.losses, strict=True))
 
 
@@ -94,7 +93,7 @@ def overrides_of(options: argparse.Namespace, task: str, steps: int) -> list[str
 
 
 def dump(overrides: list[str], directory: Path, name: str) -> dict[str, Any]:
-    """What TRL takes: rows, their order and the adapter as llmft has them; written to `directory`, too."""
+    """TRL's input: llmft's rows, their order and the adapter; also written to `directory`."""
     config = compose(*overrides, f"output_dir={directory / 'outputs'}")
     inputs = prepare(config, open_directory=False)
     ready = check_readiness(inputs, check_parts(config), print)
@@ -130,7 +129,7 @@ def written(path: Path, content: dict[str, Any]) -> Path:
 
 
 def fastest_micro(work: dict[str, Any], sizes: list[int], directory: Path) -> int:
-    """The pairs at a time with which TRL's second step takes least."""
+    """The number of pairs at a time with which TRL's second step is fastest."""
     seconds = {}
     for size in sizes if len(sizes) > 1 else ():
         runner = Runner(TRL, written(directory / "trial.json", {**work, **TRL.settings, "micro": size}))
@@ -175,24 +174,24 @@ def table(measured: list[Measured], *, batch: int, steps: int) -> list[str]:
     head = f"{'':24} {'s/pair':>7} {'reference':>9} {'with it':>7} {'pairs/s':>7} {'MiB':>6}"
     lines = [f"{head}   llmft: pairs/s   with references   memory   max |loss difference|"]
     for one in measured:
-        apart = one.apart(ours)
-        if apart > PARITY:
-            lines.append(f"{one.system.name:24} not shown: its losses differ from llmft's by {apart:.1e}")
+        difference = one.largest_difference(ours)
+        if difference > PARITY:
+            lines.append(f"{one.system.name:24} not shown: its losses differ from llmft's by {difference:.1e}")
             continue
         step, reference = statistics.median(one.seconds) / (batch * steps), one.reference_s / pairs
         both = step + reference
         line = f"{one.system.name:24} {step:7.3f} {reference:9.3f} {both:7.3f} {1 / both:7.2f} {one.peak_mib:6,.0f}"
         if one is not ours:
             ratio = statistics.median(a / b for a, b in zip(one.seconds, ours.seconds, strict=True))
-            whole = both / (statistics.median(ours.seconds) / (batch * steps) + ours.reference_s / pairs)
-            line += f"   {f'{ratio:.2f}x':>14}   {f'{whole:.2f}x':>15}   {f'{ours.peak_mib / one.peak_mib:.2f}x':>6}"
-            line += f"   {apart:.1e}"
+            total = both / (statistics.median(ours.seconds) / (batch * steps) + ours.reference_s / pairs)
+            line += f"   {f'{ratio:.2f}x':>14}   {f'{total:.2f}x':>15}   {f'{ours.peak_mib / one.peak_mib:.2f}x':>6}"
+            line += f"   {difference:.1e}"
         lines.append(line)
     return lines
 
 
 def trl_sweep(works: dict[int, dict[str, Any]], directory: Path, *, precompute: bool) -> Losses:
-    """A process for each trial, one after the other."""
+    """Losses of all trials, each run in a process of its own, one after the other."""
     losses: Losses = {}
     with tempfile.TemporaryDirectory(dir=directory) as cache:
         for beta, seed in product(BETAS, SEEDS):
@@ -200,17 +199,17 @@ def trl_sweep(works: dict[int, dict[str, Any]], directory: Path, *, precompute: 
             work = {**works[seed], **TRL.settings, **settings}
             path = written(directory / "trial.json", work)
             command = [str(TRL.python), str(HERE / f"run_{TRL.runner}.py"), str(path)]
-            done = subprocess.run(
+            result = subprocess.run(
                 command, input=f"{len(work['batches'])}\n", env=environment(directory), capture_output=True, text=True
             )
-            if done.returncode or not done.stdout:
-                raise RuntimeError(f"TRL: {' | '.join(done.stderr.strip().splitlines()[-3:])[-600:]}")
-            losses[beta, seed] = json.loads(done.stdout)["losses"]
+            if result.returncode or not result.stdout:
+                raise RuntimeError(f"TRL: {' | '.join(result.stderr.strip().splitlines()[-3:])[-600:]}")
+            losses[beta, seed] = json.loads(result.stdout)["losses"]
     return losses
 
 
 def sweep(options: argparse.Namespace, directory: Path) -> None:
-    """Wall and CPU seconds of eight trials."""
+    """Prints wall and CPU seconds of eight trials."""
     steps, overrides = options.sweep_steps, overrides_of(options, "dpo", options.sweep_steps)
     works = {seed: dump([*overrides, f"seed={seed}"], directory, f"seed{seed}") for seed in SEEDS}
     micro = fastest_micro(works[SEEDS[0]], options.micro, directory)
@@ -220,18 +219,18 @@ def sweep(options: argparse.Namespace, directory: Path) -> None:
     print(f"{f'llmft -m sweep.workers={options.workers}':32} {wall:7.1f} s {cpu:7.1f} CPU s", flush=True)
     for name, precompute in (("8 x TRL, reference before", True), ("8 x TRL", False)):
         their_wall, their_cpu, theirs = used(partial(trl_sweep, works, directory, precompute=precompute))
-        # A loss is a function of beta times log-probabilities, and so is what rounds in them.
-        apart = max(
+        # A loss is a function of beta times log-probabilities, so rounding errors scale with beta too.
+        difference = max(
             abs(a - b) / max(1, trial[0] / 0.1)
             for trial in ours
             for a, b in zip(ours[trial], theirs[trial], strict=True)
         )
-        if apart > PARITY:
-            print(f"{name:32} not shown: its losses differ from llmft's by {apart:.1e}")
+        if difference > PARITY:
+            print(f"{name:32} not shown: its losses differ from llmft's by {difference:.1e}")
             continue
         print(
             f"{name:32} {their_wall:7.1f} s {their_cpu:7.1f} CPU s   llmft {their_wall / wall:.2f}x "
-            f"({their_cpu / cpu:.2f}x by CPU)   {apart:.1e}",
+            f"({their_cpu / cpu:.2f}x by CPU)   {difference:.1e}",
             flush=True,
         )
 
@@ -275,8 +274,8 @@ def main() -> None:
                 ours, theirs = measured
                 for step, (a, b) in enumerate(zip(ours.losses, theirs.losses, strict=True), start=1):
                     print(f"step {step:2}   llmft {a:.8f}   TRL {b:.8f}   {a - b:+.1e}")
-                apart = theirs.apart(ours)
-                print(f"at most {apart:.1e} apart: {'the same' if apart <= PARITY else 'DIFFERENT'}")
+                difference = theirs.largest_difference(ours)
+                print(f"at most {difference:.1e} apart: {'the same' if difference <= PARITY else 'DIFFERENT'}")
             else:
                 print("\n".join(table(measured, batch=options.batch, steps=options.steps)))
 

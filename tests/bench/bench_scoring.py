@@ -47,8 +47,8 @@ def batch_of(rows: int, prompt_tokens: int, answer: tuple[int, ...]) -> MicroBat
 def timed(scores: LabelWordScorer, model: Any, batch: MicroBatch, *, shared: bool) -> tuple[float, torch.Tensor]:
     with torch.no_grad(), mock.patch.object(prompt_cache, "can_share", return_value=shared):
         began = time.perf_counter()
-        found = scores(model, batch)
-        return time.perf_counter() - began, found
+        log_probs = scores(model, batch)
+        return time.perf_counter() - began, log_probs
 
 
 def main() -> None:
@@ -66,13 +66,13 @@ def main() -> None:
         times: dict[bool, list[float]] = {False: [], True: []}
         difference = 0.0
         for number in range(rounds + 1):
-            found = {}
+            log_probs = {}
             for shared in (False, True):
-                seconds, found[shared] = timed(scores, model, batch, shared=shared)
+                seconds, log_probs[shared] = timed(scores, model, batch, shared=shared)
                 times[shared] += [seconds] if number else []
-            difference = max(difference, float((found[True] - found[False]).abs().max()))
-        whole, once = (statistics.median(times[shared]) for shared in (False, True))
-        print(f"{name:15} every way {whole:6.3f} s   prompt once {once:6.3f} s   {whole / once:4.2f} x")
+            difference = max(difference, float((log_probs[True] - log_probs[False]).abs().max()))
+        repeated, once = (statistics.median(times[shared]) for shared in (False, True))
+        print(f"{name:15} every way {repeated:6.3f} s   prompt once {once:6.3f} s   {repeated / once:4.2f} x")
         print(f"{'':15} parity: log-probabilities differ by {difference:.1e} at most")
 
 

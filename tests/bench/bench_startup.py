@@ -4,7 +4,7 @@
 
 llmft's first step is that of `python -m llmft`: the embedded model in NF4, read, quantised, validated with generations,
 one step taken. Peers take the first step on the same model, rows and adapter, which are handed to them as token ids,
-and do not validate. Beside them stands llmft without generations. A peer whose first loss is not the bare loop's is
+and do not validate. Another row is llmft without generations. A peer whose first loss is not the bare loop's is
 not shown.
 """
 
@@ -88,7 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="one round")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     compile_package()
     load_libraries()
     print(machine())
@@ -106,12 +106,12 @@ def main() -> None:
         )
         for peer in (BARE, HF, TRL):
             if peer.installed:
-                own = replace(peer, settings={"micro": BATCH_SIZE, "threads": 1})
+                single_threaded = replace(peer, settings={"micro": BATCH_SIZE, "threads": 1})
                 actions[f"{peer.name} to its first step"] = partial(
-                    peer_step, own, work.write(peer.runner, **own.settings), losses
+                    peer_step, single_threaded, work.write(peer.runner, **single_threaded.settings), losses
                 )
-        found: dict[str, list[Taken]] = {what: [] for what in actions}
-        for number in range(1 + (1 if asked.quick else asked.rounds)):
+        runs_of: dict[str, list[Taken]] = {what: [] for what in actions}
+        for number in range(1 + (1 if options.quick else options.rounds)):
             for what, action in actions.items():
                 try:
                     taken = action()
@@ -119,16 +119,16 @@ def main() -> None:
                     print(f"left out: {what}: {error}")
                     continue
                 if number:  # the first fills caches
-                    found[what].append(taken)
+                    runs_of[what].append(taken)
         print(f"{'':40} {'wall s':>7} {'CPU s':>7}")
-        for what, runs in found.items():
+        for what, runs in runs_of.items():
             system = what.removesuffix(" to its first step")
-            apart = abs(losses.get(system, 0.0) - losses[BARE.name]) if system in losses else 0.0
-            if runs and apart > PARITY:
-                print(f"{what:40} not shown: its first loss differs from the bare loop's by {apart:.1e}")
+            difference = abs(losses.get(system, 0.0) - losses[BARE.name]) if system in losses else 0.0
+            if runs and difference > PARITY:
+                print(f"{what:40} not shown: its first loss differs from the bare loop's by {difference:.1e}")
             elif runs:
-                wall, cpu = (statistics.median(run[place] for run in runs) for place in (0, 1))
-                same = f"   first loss within {apart:.1e} of the bare loop's" if system in losses else ""
+                wall, cpu = (statistics.median(run[index] for run in runs) for index in (0, 1))
+                same = f"   first loss within {difference:.1e} of the bare loop's" if system in losses else ""
                 print(f"{what:40} {wall:7.2f} {cpu:7.2f}{same}")
 
 

@@ -4,10 +4,10 @@
         [--tuned-only] [--shape '{"hidden_size": 512}'] [--prompts 600,200,1024] [--model DIR] [lora.r=16 …]
 
 All take the same tokens in the same order from the same adapter, in turn, each in a process of its own; medians of
-the rounds are printed. Peers get rows of like length next to each other and the best of micro-batches of 1, 4 and 16
-and of one and all threads, which is tried first; "as it comes" is a peer with its own defaults. llmft takes its
-defaults. A row stands in the table only where its losses agree with the bare loop's: over the steps that were timed,
-and with --parity over 50 steps of shorter rows.
+the rounds are printed. Peers get rows of similar length next to each other and the best of micro-batches of 1, 4 and 16
+and of one and all threads, which is tried first; "as it comes" is a peer with its own defaults. llmft has its
+defaults. The table shows a row only where its losses agree with the bare loop's: over the timed steps, and with
+--parity over 50 steps of shorter rows.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BARE = System("bare PEFT loop", "bare", "hf")
 HF = System("HF Trainer + PEFT", "hf", "hf")
 TRL = System("TRL SFTTrainer", "trl", "trl")
 LLAMA_FACTORY = System("LLaMA-Factory", "llamafactory", "llamafactory")
-LITGPT = System("LitGPT", "litgpt", "litgpt", whole=True)
+LITGPT = System("LitGPT", "litgpt", "litgpt", whole_batch=True)
 LLMFT = System("llmft", "llmft", None)
 PEERS = (BARE, HF, TRL, LLAMA_FACTORY, LITGPT)
 DEFAULTS = (replace(HF, name="HF Trainer, as it comes", settings={"micro": 8}),)
@@ -43,7 +43,7 @@ WARM_UP = 2
 
 @dataclass
 class Measured:
-    """What was seen of one system."""
+    """One system's measurements."""
 
     system: System
     losses: list[float] = field(default_factory=list)
@@ -51,14 +51,14 @@ class Measured:
     cpu: list[float] = field(default_factory=list)
     last: dict[str, Any] = field(default_factory=dict)
 
-    def apart(self, other: Measured) -> float:
-        """Largest difference of two systems' losses, of the steps that both took."""
+    def largest_difference(self, other: Measured) -> float:
+        """The largest difference between two systems' losses."""
         return max(abs(a - b) for a, b in zip(self.losses, other.losses, strict=True))
 
 
 def best_of(peer: System, work: Work, micros: Sequence[int], threads: Sequence[int | None]) -> System:
-    """The peer with the micro-batch, and then the threads, that take the least time for one step after a first one."""
-    micros = [BATCH_SIZE] if peer.whole else micros
+    """The peer with the micro-batch, and then the threads, whose second step is fastest."""
+    micros = [BATCH_SIZE] if peer.whole_batch else micros
     best = replace(peer, settings={**peer.settings, "micro": micros[0], "sorted": True, "threads": threads[0]})
     for key, values in (("micro", micros), ("threads", threads)):
         if len(values) > 1:
@@ -81,9 +81,9 @@ def second_step(system: System, work: Work) -> float:
 
 
 def measure(systems: list[System], work: Work, *, rounds: int, steps: int) -> list[Measured]:
-    """`rounds` times `steps` steps of each, after a warm-up; a system that fails is told and left out.
+    """`rounds` times `steps` steps of each, after a warm-up; a system that fails is named and left out.
 
-    Each round has an order of its own: one that frees gigabytes leaves the kernel work that the next one waits for.
+    Each round is shuffled: a system that frees gigabytes leaves the kernel work that the next one waits for.
     """
     measured: list[Measured] = []
     runners: list[Runner] = []
@@ -124,9 +124,9 @@ def table(measured: list[Measured], work: Work, *, rounds: int, steps: int) -> l
     head = f"{'system':26} {'micro':>5} {'thr':>3} {'s/step':>7} {'CPU s':>7} {'real tok/s':>10} {'supervised/s':>12} "
     lines = [head + f"{'MiB':>6} {'llmft is':>9} {'by CPU':>7}   max |loss - bare loop's|"]
     for one in measured:
-        apart = one.apart(bare)
-        if apart > PARITY:
-            lines.append(f"{one.system.name:26} not shown: its losses differ from the bare loop's by {apart:.1e}")
+        difference = one.largest_difference(bare)
+        if difference > PARITY:
+            lines.append(f"{one.system.name:26} not shown: its losses differ from the bare loop's by {difference:.1e}")
             continue
         seconds = statistics.median(sum(s) for s in one.seconds) / steps
         cpu = statistics.median(one.cpu) / steps
@@ -139,7 +139,7 @@ def table(measured: list[Measured], work: Work, *, rounds: int, steps: int) -> l
         lines.append(
             f"{one.system.name:26} {settings.get('micro', '-'):>5} {settings.get('threads') or '-':>3} {seconds:7.3f} "
             f"{cpu:7.3f} {rate:10,.0f} {useful:12,.0f} {one.last['peak_mib']:6,.0f} {ratio:8.2f}x {by_cpu:6.2f}x   "
-            f"{apart:.1e} over {len(one.losses)} steps"
+            f"{difference:.1e} over {len(one.losses)} steps"
         )
     return lines
 
@@ -158,10 +158,10 @@ def parity(systems: list[System], directory: Path) -> list[str]:
         finally:
             runner.close()
         reference = reference or losses
-        apart = max(abs(a - b) for a, b in zip(losses, reference, strict=True))
-        verdict = "same" if apart <= PARITY else "DIFFERENT"
+        off = max(abs(a - b) for a, b in zip(losses, reference, strict=True))
+        verdict = "same" if off <= PARITY else "DIFFERENT"
         lines.append(
-            f"  {system.name:26} max |loss difference| {apart:.1e}  {verdict}  ({losses[0]:.4f} to {losses[-1]:.4f})"
+            f"  {system.name:26} max |loss difference| {off:.1e}  {verdict}  ({losses[0]:.4f} to {losses[-1]:.4f})"
         )
     return lines
 
@@ -181,9 +181,9 @@ def main() -> None:
     parser.add_argument("more", nargs="*", help="what llmft's config says besides, as lora.r=16; peers follow")
     parser.add_argument("--tuned-only", action="store_true", help="no peers with their own defaults")
     parser.add_argument("--only", help="names of peers with a comma between them: bare,hf,trl,llamafactory,litgpt")
-    asked = parser.parse_args()
-    wanted = {"bare", *asked.only.split(",")} if asked.only else {peer.runner for peer in PEERS}
-    peers = [peer for peer in PEERS if peer.runner in wanted]
+    options = parser.parse_args()
+    selected = {"bare", *options.only.split(",")} if options.only else {peer.runner for peer in PEERS}
+    peers = [peer for peer in PEERS if peer.runner in selected]
     for peer in peers:
         if not peer.installed:
             print(f"left out: {peer.name} has no environment {peer.environment} (tests/bench/README.md)")
@@ -195,27 +195,27 @@ def main() -> None:
     for system in (*peers, LLMFT):
         print(f"  {system.name}: {versions(system)}")
     with tempfile.TemporaryDirectory() as folder:
-        if asked.parity:
+        if options.parity:
             print("\n".join(parity([*peers, LLMFT], Path(folder))))
             return
-        rounds = 1 if asked.quick else asked.rounds
+        rounds = 1 if options.quick else options.rounds
         work = make_work(
-            asked.work,
+            options.work,
             Path(folder),
-            steps=WARM_UP + rounds * asked.steps,
-            shape=json.loads(asked.shape or "{}"),
-            prompts=tuple(map(int, asked.prompts.split(","))),
-            model=asked.model,
-            more=asked.more,
+            steps=WARM_UP + rounds * options.steps,
+            shape=json.loads(options.shape or "{}"),
+            prompts=tuple(map(int, options.prompts.split(","))),
+            model=options.model,
+            more=options.more,
         )
-        micros = [int(n) for n in (asked.micro or ("4" if asked.quick else "1,4,16")).split(",")]
-        threads = [int(n) or None for n in (asked.threads or ("0" if asked.quick else "0,1")).split(",")]
+        micros = [int(n) for n in (options.micro or ("4" if options.quick else "1,4,16")).split(",")]
+        threads = [int(n) or None for n in (options.threads or ("0" if options.quick else "0,1")).split(",")]
         chosen = [best_of(peer, work, micros, threads) for peer in peers]
-        defaults = [] if asked.tuned_only else [peer for peer in DEFAULTS if peer.runner in wanted and peer.installed]
-        measured = measure([*chosen, *defaults, LLMFT], work, rounds=rounds, steps=asked.steps)
+        defaults = [] if options.tuned_only else [p for p in DEFAULTS if p.runner in selected and p.installed]
+        measured = measure([*chosen, *defaults, LLMFT], work, rounds=rounds, steps=options.steps)
         real, supervised = work.tokens(WARM_UP)
-        print(f"{asked.work}: {BATCH_SIZE} rows a step, about {real:,} tokens of which {supervised} are supervised")
-        print("\n".join(table(measured, work, rounds=rounds, steps=asked.steps)))
+        print(f"{options.work}: {BATCH_SIZE} rows a step, about {real:,} tokens of which {supervised} are supervised")
+        print("\n".join(table(measured, work, rounds=rounds, steps=options.steps)))
 
 
 if __name__ == "__main__":

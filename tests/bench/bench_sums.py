@@ -1,7 +1,7 @@
-"""A real model learns sums of two numbers from whether they are right: `python -m tests.bench.bench_sums --model DIR`.
+"""A real model learns sums of two numbers from correctness rewards: `python -m tests.bench.bench_sums --model DIR`.
 
-A few steps on answers give it the form; then GRPO draws, and a rule says which sums are right. What it gains is read
-from greedy answers to held-out sums, the same before and after.
+A few steps on answers teach it the form; then GRPO samples, and a rule rewards correct sums. The gain is measured on
+greedy answers to the same held-out sums before and after.
 """
 
 from __future__ import annotations
@@ -78,12 +78,12 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="directory of a small model that knows numbers")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("overrides", nargs="*", help="of the training with rewards")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     load_libraries()
     print(machine())
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        before, after = learn(asked.model.expanduser(), Path(folder), asked.steps, *asked.overrides)
+        before, after = learn(options.model.expanduser(), Path(folder), options.steps, *options.overrides)
     show(before, after)
     print(f"{time.monotonic() - began:.0f} s in all")
 

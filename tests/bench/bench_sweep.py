@@ -36,11 +36,11 @@ RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 RANKS = (4, 8)
 SWEPT: dict[str, Sequence[float]] = {"learning_rate.peak": RATES, "lora.r": RANKS}
 Losses = dict[tuple[float, ...], list[float]]
-"""By the values of what was swept: the losses of a trial's steps."""
+"""The losses of each trial's steps, by the values of its swept keys."""
 
 
 def overrides(steps: int, quantization: str, model: Path | None, batch: int) -> list[str]:
-    """What all trials share."""
+    """The overrides that all trials share."""
     alpaca = SHARED / "instruction" / "llamafactory_alpaca_en_demo.json"
     embedded = ["data.rows={train: 320, validation: 16, test: 0}"]
     real = ["model=local", f"model.path={model}", "prompt=native", "data=alpaca", f"data.files={alpaca}"]
@@ -61,7 +61,7 @@ def overrides(steps: int, quantization: str, model: Path | None, batch: int) -> 
 
 
 def used(action: Callable[[], Losses]) -> tuple[float, float, Losses]:
-    """(wall seconds, CPU seconds of all processes it started, what it returned)."""
+    """(wall seconds, CPU seconds of all child processes, result) of `action`."""
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     losses = action()
     wall, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -69,10 +69,10 @@ def used(action: Callable[[], Losses]) -> tuple[float, float, Losses]:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """The same for all."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "PYTHONPATH")}
-    own = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
-    return {**kept, **own}
+    """The environment of all systems' processes."""
+    inherited = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "PYTHONPATH")}
+    settings = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
+    return {**inherited, **settings}
 
 
 def llmft_sweep(folder: Path, swept: dict[str, Sequence[float]], shared: Sequence[str]) -> Losses:
@@ -81,9 +81,9 @@ def llmft_sweep(folder: Path, swept: dict[str, Sequence[float]], shared: Sequenc
         varied = [f"{key}={','.join(map(str, values))}" for key, values in swept.items()]
         command = [sys.executable, "-m", "llmft", "-m", *varied, *shared, "progress=false", f"output_dir={out}"]
         env = {**environment(folder), "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT)
-        if done.returncode:
-            raise RuntimeError(f"llmft: {(done.stderr or done.stdout).strip().splitlines()[-1][:300]}")
+        result = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT)
+        if result.returncode:
+            raise RuntimeError(f"llmft: {(result.stderr or result.stdout).strip().splitlines()[-1][:300]}")
         (record,) = Path(out).glob("sweeps/*/sweep.json")
         losses: Losses = {}
         for trial in json.loads(record.read_text())["trials"]:
@@ -95,7 +95,7 @@ def llmft_sweep(folder: Path, swept: dict[str, Sequence[float]], shared: Sequenc
 
 
 def processes(peer: System, works: dict[int, Work], steps: int, at_once: int) -> Losses:
-    """A process of `peer` for each trial, so many at a time."""
+    """Losses of all trials, each in a process of `peer`, `at_once` at a time."""
     losses: Losses = {}
     waiting, running = list(product(RATES, RANKS)), {}
     folder = works[RANKS[0]].directory
@@ -131,8 +131,8 @@ def processes(peer: System, works: dict[int, Work], steps: int, at_once: int) ->
     return losses
 
 
-def apart(one: Losses, other: Losses) -> float:
-    """Largest difference over all steps of all trials."""
+def largest_difference(one: Losses, other: Losses) -> float:
+    """The largest difference over all steps of all trials."""
     return max(abs(a - b) for trial in other for a, b in zip(one[trial], other[trial], strict=True))
 
 
@@ -145,44 +145,44 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="directory of a real model, trained on rows of Alpaca")
     parser.add_argument("--batch", type=int, default=BATCH_SIZE, help="rows of a step")
     parser.add_argument("--quick", action="store_true", help="one round, one peer")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     compile_package()
     load_libraries()
     print(machine())
     if not BARE.installed:
         raise SystemExit("no peer to compare with: python -m tests.bench.peers hf")
-    wanted = ["bare"] if asked.quick else asked.only.split(",")
-    peers = [peer for peer in (BARE, HF, TRL) if peer.installed and peer.runner in wanted]
+    selected = ["bare"] if options.quick else options.only.split(",")
+    peers = [peer for peer in (BARE, HF, TRL) if peer.installed and peer.runner in selected]
     for system in (*peers, LLMFT):
         print(f"  {system.name}: {versions(system)}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
-        shared = overrides(asked.steps, asked.base, asked.model, asked.batch)
-        works = {rank: dump(folder, [*shared, f"lora.r={rank}"], asked.steps, f"adapter-{rank}") for rank in RANKS}
+        shared = overrides(options.steps, options.base, options.model, options.batch)
+        works = {rank: dump(folder, [*shared, f"lora.r={rank}"], options.steps, f"adapter-{rank}") for rank in RANKS}
         (folder / "work.json").write_text((folder / f"work-{RANKS[0]}.json").read_text())
-        micros = [micro for micro in (1, 4, 16) if micro <= asked.batch]
+        micros = [micro for micro in (1, 4, 16) if micro <= options.batch]
         chosen = [best_of(peer, works[RANKS[0]], micros, (None, 1)) for peer in peers]
         actions: dict[str, Callable[[], Losses]] = {
             "llmft -m": lambda: llmft_sweep(folder, SWEPT, shared),
             "llmft -m sweep.workers=2": lambda: llmft_sweep(folder, SWEPT, [*shared, "sweep.workers=2"]),
         }
         for peer in chosen:
-            actions[f"8 x {peer.name}"] = partial(processes, peer, works, asked.steps, 1)
+            actions[f"8 x {peer.name}"] = partial(processes, peer, works, options.steps, 1)
         fastest = chosen[0]
-        actions[f"8 x {fastest.name}, 2 at a time"] = lambda: processes(fastest, works, asked.steps, 2)
+        actions[f"8 x {fastest.name}, 2 at a time"] = lambda: processes(fastest, works, options.steps, 2)
         measured: dict[str, list[tuple[float, float, Losses]]] = {name: [] for name in actions}
-        for _ in range(1 if asked.quick else asked.rounds):
+        for _ in range(1 if options.quick else options.rounds):
             for name, action in actions.items():
                 try:
                     measured[name].append(used(action))
                 except RuntimeError as error:
                     print(f"left out: {name}: {error}")
-        show(measured, f"8 trials of {asked.steps} steps of {asked.batch} rows, base in {asked.base}")
+        show(measured, f"8 trials of {options.steps} steps of {options.batch} rows, base in {options.base}")
 
 
 def show(measured: dict[str, list[tuple[float, float, Losses]]], title: str) -> None:
-    """The table; a line whose losses are not the first peer's is not shown."""
+    """Prints the table without lines whose losses differ from the first peer's."""
     reference: Any = next(runs[0][2] for name, runs in measured.items() if name.startswith("8 x") and runs)
     ours = {name: runs for name, runs in measured.items() if name.startswith("llmft") and runs}
     heads = "".join(f"{'against ' + name.split()[-1]:>27}" for name in ours)
@@ -191,15 +191,15 @@ def show(measured: dict[str, list[tuple[float, float, Losses]]], title: str) -> 
     for name, runs in measured.items():
         if not runs:
             continue
-        worst = max(apart(losses, reference) for _, _, losses in runs)
+        worst = max(largest_difference(losses, reference) for _, _, losses in runs)
         if worst > PARITY:
             print(f"{name:36} not shown: its losses differ by {worst:.1e}")
             continue
-        wall, cpu = (statistics.median(run[place] for run in runs) for place in (0, 1))
+        wall, cpu = (statistics.median(run[number] for run in runs) for number in (0, 1))
         ratios = ""
         for other in ours.values():
             both = list(zip(runs, other, strict=False))
-            by_wall, by_cpu = (statistics.median(a[place] / b[place] for a, b in both) for place in (0, 1))
+            by_wall, by_cpu = (statistics.median(a[number] / b[number] for a, b in both) for number in (0, 1))
             ratios += f"{f'{by_wall:.2f}x ({by_cpu:.2f}x)':>27}"
         print(f"{name:36} {wall:7.1f} {cpu:7.1f}{ratios}   {worst:.1e}")
 

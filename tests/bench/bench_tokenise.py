@@ -85,15 +85,15 @@ def main() -> None:
         "llmft": lambda: ours(tokenizer),
         "TRL SFTTrainer": trl(tokenizer, pairs),
     }
-    found: dict[str, list[float]] = {name: [] for name in actions}
+    cpu_seconds: dict[str, list[float]] = {name: [] for name in actions}
     for _ in range(rounds + 1):
         for name, action in actions.items():
             if action is not None:
-                found[name].append(seconds(action))
-    bare = statistics.median(found["bare tokenizer"][1:])
+                cpu_seconds[name].append(seconds(action))
+    bare = statistics.median(cpu_seconds["bare tokenizer"][1:])
     print(platform.processor() or platform.machine(), json.dumps(versions()))
     print(f"{len(texts)} rows, {tokens} tokens, {rounds} rounds")
-    for name, times in found.items():
+    for name, times in cpu_seconds.items():
         if times:
             median = statistics.median(times[1:])
             print(f"{name:16} {median:6.2f} s  {median / bare:5.2f} x  {tokens / median:10,.0f} tokens/s")

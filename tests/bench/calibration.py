@@ -1,4 +1,4 @@
-"""How often the verdicts are wrong, and how often they find what is there: a simulation.
+"""How often the verdicts are wrong, and how often they find a real difference: a simulation.
 
     python -m tests.bench.calibration [sweeps=1000] [seed=0] [part=false|power|looks]
 
@@ -60,7 +60,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a simulated sweep said."""
+    """The outcome of a simulated sweep."""
 
     winner: str | None
     among: list[str]
@@ -85,19 +85,19 @@ def simulate(setting: Setting, rng: np.random.Generator) -> list[Sample]:
         return _folds(setting, rng)
     count, seeds, rows = setting.configurations, max(setting.seeds, setting.until), setting.rows
     spread = rng.permutation(np.linspace(*setting.spreads, count))[:, None]
-    common, own = luck(setting.noise, rng, (seeds,)), luck(setting.noise, rng, (count, seeds))
-    run = spread * (math.sqrt(setting.shared) * common + math.sqrt(1 - setting.shared) * own)
+    common, individual = luck(setting.noise, rng, (seeds,)), luck(setting.noise, rng, (count, seeds))
+    run = spread * (math.sqrt(setting.shared) * common + math.sqrt(1 - setting.shared) * individual)
     run[0] -= setting.effect
     run[count - setting.hopeless :] += 5.0
     if setting.measured == "plain":
         return [_sample(c, [(LEVEL + SD * value, None) for value in run[c]]) for c in range(count)]
     groups = rows // 7 if setting.measured == "groups" else rows
-    place = np.arange(rows) % groups
-    taste = rng.normal(size=(count, groups))[:, place] * 0.8 + rng.normal(size=(count, rows)) * 0.6
+    group = np.arange(rows) % groups
+    taste = rng.normal(size=(count, groups))[:, group] * 0.8 + rng.normal(size=(count, rows)) * 0.6
     wobble = rng.normal(size=(count, seeds, rows))
-    base = rng.normal(size=groups)[place]
+    base = rng.normal(size=groups)[group]
     names = np.array([f"rows:{row}" for row in range(rows)])
-    found = []
+    samples = []
     for c in range(count):
         scores = []
         for s in range(seeds):
@@ -108,9 +108,9 @@ def simulate(setting: Setting, rng: np.random.Generator) -> list[Sample]:
             tokens = 20.0 + 80.0 * (np.arange(rows) % 10) / 9
             each = LEVEL * np.exp(0.5 * base) + 0.05 * taste[c] + 0.05 * wobble[c, s] + SD * run[c, s]
             own_rows = RowScores(names, each * tokens, tokens)
-            scores.append(own_rows.by_group(place.astype(str).tolist()) if setting.measured == "groups" else own_rows)
-        found.append(_sample(c, [(score.metric, score) for score in scores]))
-    return found
+            scores.append(own_rows.by_group(group.astype(str).tolist()) if setting.measured == "groups" else own_rows)
+        samples.append(_sample(c, [(score.metric, score) for score in scores]))
+    return samples
 
 
 def _sample(c: int, runs: Sequence[tuple[float, RowScores | None]]) -> Sample:
@@ -126,7 +126,7 @@ def _folds(setting: Setting, rng: np.random.Generator) -> list[Sample]:
     strength[0] += setting.effect
     target = np.einsum("crf,c->r", features, strength) / math.sqrt(each) * 2 + rng.normal(size=rows)
     fold = rng.permutation(np.arange(rows) % FOLDS)
-    found = []
+    samples = []
     for c, x in enumerate(features):
         replicates = []
         for k in range(FOLDS):
@@ -135,17 +135,17 @@ def _folds(setting: Setting, rng: np.random.Generator) -> list[Sample]:
             squares = (target[outside] - x[outside] @ weights) ** 2
             score = RowScores(names[outside], squares, np.ones(len(squares)))
             replicates.append(Replicate("0", f"fold {k}", score.metric, score))
-        found.append(Sample(f"c{c}", tuple(replicates), 1 / (FOLDS - 1)))
-    return found
+        samples.append(Sample(f"c{c}", tuple(replicates), 1 / (FOLDS - 1)))
+    return samples
 
 
 def outcome(setting: Setting, rng: np.random.Generator) -> Outcome:
-    """Simulates a sweep and judges it, look by look where seeds are added."""
+    """Simulates a sweep and judges it, after each look where seeds are added."""
     samples = simulate(setting, rng)
     lower = setting.measured != "accuracy"
     if not setting.until:
         verdicts = judge_samples(samples, Rules(lower, setting.looks))
-        return _said(setting, verdicts, sum(len(s.replicates) for s in samples))
+        return _outcome(setting, verdicts, sum(len(s.replicates) for s in samples))
     used = {s.name: setting.seeds for s in samples}
     among = list(used)
     for size in look_sizes(setting.seeds, setting.until, setting.looks):
@@ -155,16 +155,16 @@ def outcome(setting: Setting, rng: np.random.Generator) -> Outcome:
         among = verdicts.among
         if verdicts.winner is not None:
             break
-    return _said(setting, verdicts, sum(used.values()))
+    return _outcome(setting, verdicts, sum(used.values()))
 
 
-def _said(setting: Setting, verdicts: Verdicts, runs: int) -> Outcome:
-    """Covered: whether the interval of the best over the first or second configuration holds the true difference."""
+def _outcome(setting: Setting, verdicts: Verdicts, runs: int) -> Outcome:
+    """`covered`: whether the interval between the first two configurations contains the true difference."""
     covered = True
-    for found in verdicts.families[0].comparisons:
-        if {found.first, found.second} == {"c0", "c1"} and found.low is not None and found.high is not None:
-            truth = setting.effect * SD * (1 if found.first == "c0" else -1)
-            covered = found.low <= truth <= found.high
+    for pair in verdicts.families[0].comparisons:
+        if {pair.first, pair.second} == {"c0", "c1"} and pair.low is not None and pair.high is not None:
+            truth = setting.effect * SD * (1 if pair.first == "c0" else -1)
+            covered = pair.low <= truth <= pair.high
     return Outcome(verdicts.winner, verdicts.among, runs, covered)
 
 
@@ -175,7 +175,7 @@ def many(setting: Setting, sweeps: int, seed: int) -> list[Outcome]:
 
 
 def false_winners(setting: Setting, sweeps: int, seed: int = 0) -> float:
-    """Share of sweeps with a winner that is none; where nothing is better, with any."""
+    """The share of sweeps with a wrong winner; where nothing is better, with any winner."""
     return float(
         np.mean([o.winner not in (None, "c0" if setting.effect else None) for o in many(setting, sweeps, seed)])
     )
@@ -209,7 +209,7 @@ def with_difference() -> Iterator[Setting]:
 
 
 def with_looks() -> Iterator[Setting]:
-    """Sweeps that add seeds, and fixed grids beside them."""
+    """Sweeps that add seeds, and fixed grids to compare them with."""
     for count, hopeless in ((2, 0), (6, 0), (6, 4)):
         for effect in (0.0, 1.0, 2.0, 3.0):
             kind = Setting(count, 2, effect=effect, hopeless=hopeless, until=10)
@@ -221,21 +221,21 @@ def with_looks() -> Iterator[Setting]:
 
 def main(arguments: Sequence[str]) -> None:
     """Prints the tables."""
-    given = dict(argument.partition("=")[::2] for argument in arguments)
-    sweeps, seed, part = int(given.get("sweeps", 1000)), int(given.get("seed", 0)), given.get("part", "")
+    options = dict(argument.partition("=")[::2] for argument in arguments)
+    sweeps, seed, part = int(options.get("sweeps", 1000)), int(options.get("seed", 0)), options.get("part", "")
     for name, settings in (("false", without_difference), ("power", with_difference), ("looks", with_looks)):
         if part not in ("", name):
             continue
         print(" k |  n | measured            | noise     | spreads   | shared | until/looks | effect"
               " | hopeless | false | found | in set | set size | covered | runs")  # fmt: skip
         for setting in settings():
-            found = many(setting, sweeps, seed)
+            outcomes = many(setting, sweeps, seed)
             best = "c0" if setting.effect else None
-            wrong = np.mean([o.winner not in (None, best) for o in found])
-            right = np.mean([o.winner == "c0" for o in found]) if best else math.nan
-            inside, size = np.mean(["c0" in o.among for o in found]), np.mean([len(o.among) for o in found])
-            covered = np.mean([o.covered for o in found]) if setting.measured != "folds" else math.nan
-            runs = np.mean([o.runs for o in found])
+            wrong = np.mean([o.winner not in (None, best) for o in outcomes])
+            right = np.mean([o.winner == "c0" for o in outcomes]) if best else math.nan
+            inside, size = np.mean(["c0" in o.among for o in outcomes]), np.mean([len(o.among) for o in outcomes])
+            covered = np.mean([o.covered for o in outcomes]) if setting.measured != "folds" else math.nan
+            runs = np.mean([o.runs for o in outcomes])
             looks = f"{setting.until}/{setting.looks}" if setting.until else ""
             print(f"{setting}    | {looks:<11} | {setting.effect:<6} | {setting.hopeless:<8} | "
                   f"{wrong:5.1%} | {right:5.0%} | {inside:6.1%} | {size:8.1f} | {covered:7.1%} | {runs:.1f}",

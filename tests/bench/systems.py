@@ -1,4 +1,4 @@
-"""The systems that are compared, each in a process of its own that takes steps when it is asked to."""
+"""The systems that are compared, each in a process of its own that takes steps on demand."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.conftest import ROOT
 
 HERE = Path(__file__).resolve().parent / "peers"
 ENVIRONMENTS = Path(os.environ.get("LLMFT_PEERS", ROOT / ".peers"))
-"""Where `python -m tests.bench.peers` makes the environments of the peers."""
+"""The folder in which `python -m tests.bench.peers` makes the peers' environments."""
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,15 @@ class System:
     Attributes:
         runner: tests/bench/peers/run_<runner>.py
         environment: folder of ENVIRONMENTS; None for this very Python.
-        settings: what its work's JSON says besides the work.
-        whole: whether it takes a step's rows at once or trains something else.
+        settings: keys of its work's JSON besides the work itself.
+        whole_batch: whether it must take all rows of a step at once for the same training.
     """
 
     name: str
     runner: str
     environment: str | None
     settings: dict[str, Any] = field(default_factory=dict)
-    whole: bool = False
+    whole_batch: bool = False
 
     @property
     def python(self) -> Path:
@@ -71,7 +71,7 @@ class Runner:
         )
 
     def steps(self, count: int) -> dict[str, Any]:
-        """Takes `count` steps; raises RuntimeError with the process's last words when it left."""
+        """Takes `count` steps; raises RuntimeError with the process's last output when it has exited."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         try:
@@ -103,7 +103,7 @@ def compile_package() -> None:
 
 
 def machine() -> str:
-    """What the figures were measured on."""
+    """A description of the machine."""
     model = platform.processor() or platform.machine()
     try:
         names = [
@@ -127,5 +127,5 @@ def versions(system: System) -> str:
         f"for name in {names!r}:\n    try: found[name] = m.version(name)\n    except m.PackageNotFoundError: pass\n"
         "print(json.dumps(found))"
     )
-    done = subprocess.run([str(system.python), "-c", code], capture_output=True, text=True, check=True)
-    return " ".join(f"{name} {version}" for name, version in json.loads(done.stdout).items())
+    result = subprocess.run([str(system.python), "-c", code], capture_output=True, text=True, check=True)
+    return " ".join(f"{name} {version}" for name, version in json.loads(result.stdout).items())

@@ -45,9 +45,9 @@ def test_pairs_a_second_count_a_reference_once_and_ratios_are_taken_within_round
 @pytest.mark.slow
 def test_peers_read_the_rows_order_and_adapter_that_llmft_trains(tmp_path: Path) -> None:
     work = make_work("short_answers", tmp_path, steps=2, small_rows=True)
-    told = json.loads((tmp_path / "work.json").read_text())
-    assert [len(batch) for batch in told["batches"]] == [16, 16]
-    for row, (ids, labels) in enumerate(told["rows"]):
+    work_file = json.loads((tmp_path / "work.json").read_text())
+    assert [len(batch) for batch in work_file["batches"]] == [16, 16]
+    for row, (ids, labels) in enumerate(work_file["rows"]):
         learned = [label for label in labels if label != -100]
         assert ids[-len(learned) :] == learned
         assert ids[0] == 1
@@ -59,18 +59,19 @@ def test_peers_read_the_rows_order_and_adapter_that_llmft_trains(tmp_path: Path)
 def test_the_gpu_benchmark_runs_on_a_tiny_model(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.bench.bench_gpu", "--device", "cpu", "--model", "tiny", "--tokens", "512"]
     options = ["--steps", "2", "--json", str(tmp_path / "rows.json")]
-    done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
+    result = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
     rows = [json.loads(line) for line in (tmp_path / "rows.json").read_text().splitlines()]
     speeds = {(row["base"], row["system"]): row["tokens_per_s"] for row in rows if "tokens_per_s" in row}
     assert {(base, system) for base in ("nf4", "bf16") for system in ("llmft", "llmft, recomputed")} <= speeds.keys()
     assert all(row["same_bits"] for row in rows if "same_bits" in row)
-    assert "not shown" not in done.stdout
+    assert "not shown" not in result.stdout
 
 
 @pytest.mark.slow
 def test_the_gpu_benchmark_ends_at_its_deadline_with_what_it_has(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.bench.bench_gpu", "--device", "cpu", "--model", "tiny", "--deadline", "1"]
-    done = subprocess.run([*command, "--json", str(tmp_path / "rows.json")], cwd=ROOT, capture_output=True, timeout=100)
-    assert done.returncode == 0
+    command += ["--json", str(tmp_path / "rows.json")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=100)
+    assert result.returncode == 0
     assert json.loads((tmp_path / "rows.json").read_text().splitlines()[-1])["event"] == "deadline"

@@ -1,4 +1,4 @@
-"""Policies that learn from rewards beside TRL's."""
+"""Policies that learn from rewards, against TRL's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The same work for every system: a model's directory, rows as token ids, their order, an adapter to begin with.
+"""The same work for every system: a model's directory, rows as token ids, their order, an initial adapter.
 
 llmft encodes the rows, orders them and makes the adapter; peers read the result from a JSON file and a safetensors
 file, so that all take the same tokens, in the same order, from the same weights.
@@ -27,12 +27,12 @@ SMALL = {
     "vocab_size": 32_000,
     "max_position_embeddings": 2048,
 }
-"""20 million weights."""
+"""A Llama of 20 million weights."""
 
 
 @dataclass
 class Work:
-    """What is trained.
+    """The work of a training.
 
     Attributes:
         overrides: llmft's command line for it.
@@ -52,7 +52,7 @@ class Work:
         return sum(self.lengths[row] for row in rows), sum(self.labelled[row] for row in rows)
 
     def write(self, name: str, **settings: Any) -> Path:
-        """The JSON for a peer's runner, with settings of its own."""
+        """Writes the JSON for a peer's runner, with its settings; returns the path."""
         path = self.directory / f"{name}.json"
         path.write_text(json.dumps({**json.loads((self.directory / "work.json").read_text()), **settings}))
         return path
@@ -96,7 +96,7 @@ def synthetic_rows(
     for _ in range(count):
         length = min(longest, max(shortest, round(median * draw.lognormvariate(0, 0.45))))
         words = [f"t{draw.randrange(3, vocabulary)}" for _ in range(length + draw.randint(*answer))]
-        # The space between the two is one of the prompt's: it is no token.
+        # The space between the two belongs to the prompt and is no token.
         lines.append({"prompt": " ".join(words[:length]) + " ", "response": " ".join(words[length:]) + " "})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -144,7 +144,7 @@ def make_work(
 
 
 def _real(kind: str, model: Path, directory: Path, steps: int, seed: int, more: Sequence[str]) -> Work:
-    """Rows of Alpaca for a real model, as they are or as prompts of 512 tokens with an answer of a few words."""
+    """Rows of Alpaca for a real model, unchanged or as prompts of 512 tokens with answers of a few words."""
     alpaca = SHARED / "instruction" / "llamafactory_alpaca_en_demo.json"
     overrides = [f"model.path={model}", "prompt=native", "data=alpaca", f"data.files={alpaca}", *more]
     if kind == "short_answers":
@@ -210,7 +210,7 @@ def _finish(directory: Path, overrides: list[str], steps: int, seed: int) -> Wor
 
 
 def dump(directory: Path, overrides: list[str], steps: int, adapter: str = "adapter") -> Work:
-    """Writes for peers what llmft would train under `overrides`: rows, order, and the adapter it begins with."""
+    """Writes for peers what llmft would train under `overrides`: rows, order and initial adapter."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
@@ -226,13 +226,13 @@ def dump(directory: Path, overrides: list[str], steps: int, adapter: str = "adap
     examples = read_rows(prepared, print).splits["train"]
     batches = [rows_of_step(step, len(examples), config.trainer.batch_size, config.seed) for step in range(steps)]
     used = sorted({row for batch in batches for row in batch})
-    place = {row: number for number, row in enumerate(used)}
+    position = {row: number for number, row in enumerate(used)}
     rows = [[list(map(int, examples[row].input_ids)), list(map(int, examples[row].labels))] for row in used]
     model_directory = str(prepared.located.directory)
     base = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32)
-    made = attach(base, config.lora, auto_class="causal_lm", seed=stream(config.seed, "lora"), name="base")
+    adapted = attach(base, config.lora, auto_class="causal_lm", seed=stream(config.seed, "lora"), name="base")
     adapter_file = directory / f"{adapter}.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in trainable_state(made).items()}, adapter_file)
+    save_file({name: tensor.contiguous() for name, tensor in trainable_state(adapted).items()}, adapter_file)
     work = {
         "model": model_directory,
         "adapter": str(adapter_file),
@@ -241,7 +241,7 @@ def dump(directory: Path, overrides: list[str], steps: int, adapter: str = "adap
         "alpha": config.lora.scaling_alpha,
         "rate": config.learning_rate.peak,
         "clip": config.trainer.gradient_clip,
-        "batches": [[place[row] for row in batch] for batch in batches],
+        "batches": [[position[row] for row in batch] for batch in batches],
         "rows": rows,
         "pad": int(base.config.pad_token_id or 0),
         "overrides": overrides,

@@ -1,4 +1,4 @@
-"""What follows from measured speeds, and that what cannot be measured costs only itself."""
+"""Estimates from measured speeds; a measurement that fails leaves the others unaffected."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ SPREAD = {"train": 0.01, "prompt": 0.02, "generate": 0.03}
 
 
 def measured(inputs: int, outputs: int, **changes: Any) -> Measured:
-    made = Measured(inputs, outputs, 8000.0, 0.5, 20000.0, 2.0, 40.0, 0.4, 2**30, "2,048 tokens", SPREAD, 3)
-    return replace(made, **changes)
+    point = Measured(inputs, outputs, 8000.0, 0.5, 20000.0, 2.0, 40.0, 0.4, 2**30, "2,048 tokens", SPREAD, 3)
+    return replace(point, **changes)
 
 
 def estimate(inputs: int, outputs: int, quantization: str = "nf4", **changes: Any) -> Estimate:
@@ -52,14 +52,14 @@ def estimate(inputs: int, outputs: int, quantization: str = "nf4", **changes: An
 
 def test_the_longest_answer_is_the_last_that_fits_into_the_hours() -> None:
     """1,300 samples, 16 at once, are 82 batches of 395 s: 2 for the prompts, the rest at 0.4 s a token."""
-    found = measured(128, 32)
-    most, by_context = max_output_tokens(found, WORKLOAD, None)
+    point = measured(128, 32)
+    most, by_context = max_output_tokens(point, WORKLOAD, None)
     assert most == 1 + int((9 * 3600 / 82 - 2.0) / 0.4) == 983
     assert not by_context
-    assert inference_hours(found, WORKLOAD, most) <= 9.0 < inference_hours(found, WORKLOAD, most + 1)
-    assert max_output_tokens(found, WORKLOAD, 512) == (384, True)
-    assert max_output_tokens(found, replace(WORKLOAD, hours=0.01), None) == (0, False)
-    assert training_hours(found, WORKLOAD) == pytest.approx(3 * 63 * 0.5 / 3600)
+    assert inference_hours(point, WORKLOAD, most) <= 9.0 < inference_hours(point, WORKLOAD, most + 1)
+    assert max_output_tokens(point, WORKLOAD, 512) == (384, True)
+    assert max_output_tokens(point, replace(WORKLOAD, hours=0.01), None) == (0, False)
+    assert training_hours(point, WORKLOAD) == pytest.approx(3 * 63 * 0.5 / 3600)
 
 
 def test_durations_are_shown_as_people_say_them() -> None:
@@ -73,14 +73,14 @@ def test_table_csv_json_and_page_tell_the_same(tmp_path: Path) -> None:
         estimate(512, 32),
         estimate(512, 64, "none", error="does not fit"),
     ]
-    told = write_estimates(rows, WORKLOAD, tmp_path, "Tiny/one", Screen(quiet=True))
+    written = write_estimates(rows, WORKLOAD, tmp_path, "Tiny/one", Screen(quiet=True))
     directory = tmp_path / "tiny-one"
-    assert json.loads((directory / "bench.json").read_text())["rows"] == json.loads(json.dumps(told))
+    assert json.loads((directory / "bench.json").read_text())["rows"] == json.loads(json.dumps(written))
     table = list(csv.DictReader(io.StringIO((directory / "bench.csv").read_text())))
     assert [line["max_output_tokens"] for line in table] == ["983", "983", "983", ""]
     assert table[3]["error"] == "does not fit"
     html = (directory / "bench.html").read_text()
-    for cell in [cell for own in rows for cell in cells(own, WORKLOAD)]:
+    for cell in [cell for row in rows for cell in cells(row, WORKLOAD)]:
         assert cell in html
     assert "http" not in html.replace("http-equiv", "")
     assert html.count("<svg") == 1, "nothing was measured of the other"
@@ -88,8 +88,8 @@ def test_table_csv_json_and_page_tell_the_same(tmp_path: Path) -> None:
 
 
 def test_the_figure_has_a_line_per_length_of_the_question_and_only_what_was_measured() -> None:
-    found = lines([estimate(512, 32), estimate(128, 64), estimate(128, 32)], WORKLOAD)
-    assert {inputs: [outputs for outputs, _ in line] for inputs, line in found.items()} == {128: [32, 64], 512: [32]}
+    curves = lines([estimate(512, 32), estimate(128, 64), estimate(128, 32)], WORKLOAD)
+    assert {inputs: [outputs for outputs, _ in line] for inputs, line in curves.items()} == {128: [32, 64], 512: [32]}
     assert page([estimate(8, 8, error="no time left")], WORKLOAD, "x", [], []).count("<svg") == 0
 
 
@@ -110,7 +110,7 @@ def three_points(seconds: float = 60.0) -> Case:
 
 
 def errors_of(case: Case, serve: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
-    """What each point ends with where `serve` stands for the measuring process."""
+    """Each point's error with `serve` in place of the measuring process."""
     monkeypatch.setattr(measure, "serve", serve)
     return [point.error for point in run_case(case, lambda _: None)[0]]
 
@@ -170,12 +170,12 @@ def test_what_cannot_be_measured_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def bench_config(*overrides: str) -> BenchConfig:
-    made: BenchConfig = compose(*overrides, verb="bench", kind=BenchConfig)
-    return made
+    config: BenchConfig = compose(*overrides, verb="bench", kind=BenchConfig)
+    return config
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("samples=0", "samples=0: 1 or more"),
         ("hours=-1", "hours=-1.0: above 0"),
@@ -187,8 +187,8 @@ def bench_config(*overrides: str) -> BenchConfig:
         ("micro_batch=x", "micro_batch=x"),
     ],
 )
-def test_what_cannot_be_asked_is_refused_in_one_sentence(override: str, told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_what_cannot_be_asked_is_refused_in_one_sentence(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         bench_config(override)
 
 
@@ -220,7 +220,7 @@ def test_a_case_for_every_model_and_quantisation_with_the_weights_there_are(monk
 @pytest.mark.slow
 def test_a_model_is_measured_from_the_command_line_to_the_files(tmp_path: Path) -> None:
     arguments = ["quantizations=[none]", "input_tokens=[16]", "output_tokens=[4]", "repeats=2", "batch_size=4"]
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-m", "llmft.bench", *arguments, f"output_dir={tmp_path}", "format=json", "inference_rows=2"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -228,8 +228,8 @@ def test_a_model_is_measured_from_the_command_line_to_the_files(tmp_path: Path) 
         text=True,
         timeout=120,
     )
-    assert done.returncode == 0, done.stderr
-    (row,) = json.loads(done.stdout)
+    assert result.returncode == 0, result.stderr
+    (row,) = json.loads(result.stdout)
     assert row["error"] == ""
     assert row["weights"] == "own"
     assert row["train_tokens_per_s"] == pytest.approx(4 * 20 / row["step_s"], rel=1e-3)

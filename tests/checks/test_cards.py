@@ -1,4 +1,4 @@
-"""What other cards would take: arithmetic that must not contradict itself."""
+"""Estimates for other GPUs: arithmetic that must not contradict itself."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def test_the_base_takes_what_arithmetic_by_hand_says(double: bool) -> None:
     scales = (1 + 4 / 256) / 64 if double else 4 / 64  # bytes a weight
     assert memory.base == pytest.approx(quantised * (1 / 2 + scales) + 2 * in_16_bits, rel=1e-4)
     one, two = (memory.at(1000, 1000, 100, Checkpointing.full, num_shards=shards) for shards in (1, 2))
-    whole = quantised * scales  # which each of the cards holds
-    assert two.base == pytest.approx((one.base - whole) / 2 + whole, rel=1e-4)
+    quantized_bytes = quantised * scales  # which is on each card
+    assert two.base == pytest.approx((one.base - quantized_bytes) / 2 + quantized_bytes, rel=1e-4)
 
 
 def test_a_larger_card_takes_no_less_and_a_faster_one_no_longer() -> None:
-    found = planned(16)
-    assert list(found) == [card.name for card in CARDS]
-    small, large = found["T4"], found["H200"]
+    plans = planned(16)
+    assert list(plans) == [card.name for card in CARDS]
+    small, large = plans["T4"], plans["H200"]
     assert (small["precision"], large["precision"]) == ("fp16", "bf16")
     assert small["cards"] == large["cards"] == 1
     assert small["micro_batch"]["tokens"] <= large["micro_batch"]["tokens"]
@@ -60,11 +60,11 @@ def test_a_larger_card_takes_no_less_and_a_faster_one_no_longer() -> None:
     assert large["gradient_checkpointing"] == "none"
     assert small["hours"][0] > 5 * large["hours"][0]
     for card in CARDS:
-        assert found[card.name]["peak"] < 0.8 * card.gib * 2**30
-        assert found[card.name]["hours"][0] < found[card.name]["hours"][1]
-        rate = card.flops * recomputation(compose(), Checkpointing(found[card.name]["gradient_checkpointing"])) ** -1
+        assert plans[card.name]["peak"] < 0.8 * card.gib * 2**30
+        assert plans[card.name]["hours"][0] < plans[card.name]["hours"][1]
+        rate = card.flops * recomputation(compose(), Checkpointing(plans[card.name]["gradient_checkpointing"])) ** -1
         hours = [OPERATIONS / (share * rate) / 3600 for share in reversed(SHARE_OF_RATE)]
-        assert found[card.name]["hours"] == pytest.approx(hours), "operations over the share of the maker's rate"
+        assert plans[card.name]["hours"] == pytest.approx(hours), "operations over the share of the maker's rate"
     least, most = large["hours"]
     assert cells(large, 2 * most)[-1].endswith("enough")
     assert cells(large, (least + most) / 2)[-1].endswith("perhaps")
@@ -73,13 +73,13 @@ def test_a_larger_card_takes_no_less_and_a_faster_one_no_longer() -> None:
 
 @pytest.mark.slow
 def test_a_base_that_fits_on_no_single_card_is_divided() -> None:
-    found = planned(80)  # 70B weights, 33 GiB in 4 bits
-    assert found["H200"]["cards"] == 1
-    assert found["RTX 3090"]["cards"] > 1
-    assert "trainer=fsdp" in cells(found["RTX 3090"], None)[2]
-    whole = planned(80, "quantization=none")
-    assert whole["T4"]["cards"] is None
-    assert cells(whole["T4"], None)[2] == f"not on {MOST_CARDS}"
+    plans = planned(80)  # 70B weights, 33 GiB in 4 bits
+    assert plans["H200"]["cards"] == 1
+    assert plans["RTX 3090"]["cards"] > 1
+    assert "trainer=fsdp" in cells(plans["RTX 3090"], None)[2]
+    unquantized = planned(80, "quantization=none")
+    assert unquantized["T4"]["cards"] is None
+    assert cells(unquantized["T4"], None)[2] == f"not on {MOST_CARDS}"
 
 
 @pytest.mark.parametrize("key", ["trainer.micro_batch=2", "trainer.gradient_checkpointing=full"])

@@ -1,4 +1,4 @@
-"""`python -m llmft.check`: says before any weights load what a training would stumble over."""
+"""`python -m llmft.check`: reports what a training would fail on before any weights are loaded."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def check(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def report(*arguments: str, cwd: Path) -> dict[str, Any]:
-    done = check(*arguments, "format=json", cwd=cwd)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    result = check(*arguments, "format=json", cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -41,24 +41,24 @@ def questions(count: int, **more: Any) -> list[dict[str, Any]]:
 
 
 def test_the_embedded_example_has_nothing_wrong_and_nothing_is_written(tmp_path: Path) -> None:
-    done = check(*SMALL_DATA, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    result = check(*SMALL_DATA, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
     for words in ("learned", "begin tokens", "memory", "steps", "disk", "Zoe"):
-        assert words in done.stdout
-    assert "error" not in done.stdout
+        assert words in result.stdout
+    assert "error" not in result.stdout
     assert not (tmp_path / "outputs" / "runs").exists()
 
 
 def test_the_json_form_says_the_same(tmp_path: Path) -> None:
-    found = report(*SMALL_DATA, cwd=tmp_path)
-    assert found["splits"]["train"]["rows"] == found["splits"]["train"]["ends_trained"] == 40
-    assert found["splits"]["train"]["begin_tokens"] == {"1": 40}
-    assert sum(found["labels"].values()) == 40
-    learned = [piece["text"] for piece in found["rows"][0] if piece["learned"]]
+    facts = report(*SMALL_DATA, cwd=tmp_path)
+    assert facts["splits"]["train"]["rows"] == facts["splits"]["train"]["ends_trained"] == 40
+    assert facts["splits"]["train"]["begin_tokens"] == {"1": 40}
+    assert sum(facts["labels"].values()) == 40
+    learned = [piece["text"] for piece in facts["rows"][0] if piece["learned"]]
     assert learned
     assert learned[0].endswith("</s>")
-    assert found["needs"]["memory"]["total"] > found["needs"]["memory"]["base"] > 0
-    assert found["steps"]["total"] == 3
+    assert facts["needs"]["memory"]["total"] > facts["needs"]["memory"]["base"] > 0
+    assert facts["steps"]["total"] == 3
 
 
 def test_what_is_learned_is_marked_without_colours_too_and_a_head_has_no_tokens_to_learn(tmp_path: Path) -> None:
@@ -70,18 +70,18 @@ def test_what_is_learned_is_marked_without_colours_too_and_a_head_has_no_tokens_
 
 def test_an_unknown_format_and_a_training_mistake_are_answered_alike(tmp_path: Path) -> None:
     assert "did you mean json?" in check("format=jsn", cwd=tmp_path).stderr
-    done = check("lora.rr=1", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "did you mean lora.r?" in done.stderr
+    result = check("lora.rr=1", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "did you mean lora.r?" in result.stderr
 
 
 def test_an_end_token_that_is_never_trained_stops_check_and_train(tmp_path: Path) -> None:
     rows = write(tmp_path / "a.jsonl", questions(30))
     template = "{{ bos_token }}{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
     arguments = ["data=prompt_response", f"data.files={rows}", f"prompt.template='{template}'"]
-    done = check(*arguments, cwd=tmp_path)
-    assert done.returncode == 4
-    assert "would not learn to stop" in done.stderr
+    result = check(*arguments, cwd=tmp_path)
+    assert result.returncode == 4
+    assert "would not learn to stop" in result.stderr
     trained = command("llmft", *arguments, "logger=none", cwd=tmp_path)
     assert trained.returncode == 4
     assert "would not learn to stop" in trained.stderr
@@ -93,9 +93,9 @@ def test_a_doubled_begin_token_stops(tmp_path: Path) -> None:
         "{{ bos_token }}{{ bos_token }}{% for m in messages %}{% generation %}{{ m.content }}{{ eos_token }}"
         "{% endgeneration %}{% endfor %}"
     )
-    done = check("data=prompt_response", f"data.files={rows}", f"prompt.template='{template}'", cwd=tmp_path)
-    assert done.returncode == 4
-    assert "two begin tokens side by side" in done.stderr
+    result = check("data=prompt_response", f"data.files={rows}", f"prompt.template='{template}'", cwd=tmp_path)
+    assert result.returncode == 4
+    assert "two begin tokens side by side" in result.stderr
 
 
 def test_rows_on_both_sides_of_a_split_are_counted_and_too_many_stop(tmp_path: Path) -> None:
@@ -103,11 +103,11 @@ def test_rows_on_both_sides_of_a_split_are_counted_and_too_many_stop(tmp_path: P
     some = write(tmp_path / "some.jsonl", questions(40)[28:])
     most = write(tmp_path / "most.jsonl", questions(31)[20:])
     arguments = ["data=prompt_response", f"data.split_files.train={train}"]
-    found = report(*arguments, f"data.split_files.validation={some}", cwd=tmp_path)
-    assert any("2 validation rows (17%) are also in train" in f["message"] for f in found["findings"])
-    done = check(*arguments, f"data.split_files.validation={most}", cwd=tmp_path)
-    assert done.returncode == 4
-    assert "10 validation rows (91%) are also in train" in done.stderr
+    facts = report(*arguments, f"data.split_files.validation={some}", cwd=tmp_path)
+    assert any("2 validation rows (17%) are also in train" in f["message"] for f in facts["findings"])
+    result = check(*arguments, f"data.split_files.validation={most}", cwd=tmp_path)
+    assert result.returncode == 4
+    assert "10 validation rows (91%) are also in train" in result.stderr
 
 
 def test_a_group_on_both_sides_is_noticed_and_data_group_mends_it(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_what_the_limits_cut_is_told_with_the_limit_that_would_cut_one_percent(t
     rows = questions(60)
     for row in rows[:12]:
         row["response"] = "long " * 80
-    found = report(
+    facts = report(
         "data=prompt_response",
         f"data.files={write(tmp_path / 'a.jsonl', rows)}",
         "data.max_tokens=64",
@@ -135,48 +135,48 @@ def test_what_the_limits_cut_is_told_with_the_limit_that_would_cut_one_percent(t
         "data.max_dropped_fraction=0.9",
         cwd=tmp_path,
     )
-    limits = found["limits"]
+    limits = facts["limits"]
     assert limits["rows_dropped"] > 5
     assert limits["dropped_by"] == {"data.max_tokens": limits["rows_dropped"]}
     assert limits["answer_share_dropped"] > 0.5
     assert limits["cuts_one_percent"] > 64
-    assert sum(count for *_, count in limits["histogram"]) == found["splits"]["train"]["rows"] + limits["rows_dropped"]
+    assert sum(count for *_, count in limits["histogram"]) == facts["splits"]["train"]["rows"] + limits["rows_dropped"]
 
 
 def test_a_format_that_is_not_the_tokenizers_own_is_shown_beside_it(tmp_path: Path) -> None:
-    found = report(*SMALL_DATA, "prompt=chatml", cwd=tmp_path)
-    assert any("differs from the tokenizer's chat template" in f["message"] for f in found["findings"])
-    found = report(*SMALL_DATA, "prompt=plain", cwd=tmp_path)
-    assert not any("differs from the tokenizer's" in f["message"] for f in found["findings"])
+    facts = report(*SMALL_DATA, "prompt=chatml", cwd=tmp_path)
+    assert any("differs from the tokenizer's chat template" in f["message"] for f in facts["findings"])
+    facts = report(*SMALL_DATA, "prompt=plain", cwd=tmp_path)
+    assert not any("differs from the tokenizer's" in f["message"] for f in facts["findings"])
 
 
 def test_rows_longer_than_the_models_positions_are_noticed(tmp_path: Path) -> None:
     rows = questions(30)
     rows[3]["prompt"] = "very " * 400
     files = write(tmp_path / "a.jsonl", rows)
-    found = report("data=prompt_response", f"data.files={files}", cwd=tmp_path)
-    assert any("positions of the model" in f["message"] for f in found["findings"])
+    facts = report("data=prompt_response", f"data.files={files}", cwd=tmp_path)
+    assert any("positions of the model" in f["message"] for f in facts["findings"])
 
 
 def test_special_tokens_in_a_rows_own_text_are_noticed(tmp_path: Path) -> None:
     rows = questions(30)
     rows[0]["prompt"] = rows[1]["prompt"] = "What does </s> mean?"
-    found = report("data=prompt_response", f"data.files={write(tmp_path / 'a.jsonl', rows)}", cwd=tmp_path)
-    assert any("spell a special token" in f["message"] for f in found["findings"])
+    facts = report("data=prompt_response", f"data.files={write(tmp_path / 'a.jsonl', rows)}", cwd=tmp_path)
+    assert any("spell a special token" in f["message"] for f in facts["findings"])
 
 
 def test_training_on_everything_is_flagged(tmp_path: Path) -> None:
-    found = report(*SMALL_DATA, "data.train_on=all", cwd=tmp_path)
-    assert any(f["key"] == "data.train_on" for f in found["findings"])
-    assert found["splits"]["train"]["rows"] == 50
+    facts = report(*SMALL_DATA, "data.train_on=all", cwd=tmp_path)
+    assert any(f["key"] == "data.train_on" for f in facts["findings"])
+    assert facts["splits"]["train"]["rows"] == 50
 
 
 @pytest.mark.parametrize("name", ["dolly_hhrlhf_1k.jsonl"])
 def test_a_real_file_is_checked(shared_data: Path, tmp_path: Path, name: str) -> None:
     files = f"data.files={shared_data}/instruction/{name}"
-    found = report("data=prompt_response", files, "data.max_dropped_fraction=0.05", cwd=tmp_path)
-    assert found["splits"]["train"]["rows"] > 800
-    assert found["seconds"] < 60
+    facts = report("data=prompt_response", files, "data.max_dropped_fraction=0.05", cwd=tmp_path)
+    assert facts["splits"]["train"]["rows"] > 800
+    assert facts["seconds"] < 60
 
 
 # ------------------------------------------------------------------------------- what training refuses, check refuses
@@ -229,31 +229,31 @@ def test_what_training_refuses_before_its_weights_check_refuses_in_the_same_word
     config.write_text(json.dumps({**json.loads(config.read_text()), "vocab_size": 300}))
     weights = tmp_path / "CUT_OFF" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    own = [re.sub(r"=(SMALLER|CUT_OFF|EMPTY|FILE)$", rf"={tmp_path}/\1", argument) for argument in arguments]
-    logger = [] if any(argument.startswith("logger") for argument in own) else ["logger=none"]
-    output = [] if any(argument.startswith("output_dir") for argument in own) else [f"output_dir={tmp_path}/outputs"]
+    overrides = [re.sub(r"=(SMALLER|CUT_OFF|EMPTY|FILE)$", rf"={tmp_path}/\1", argument) for argument in arguments]
+    logger = [] if any(each.startswith("logger") for each in overrides) else ["logger=none"]
+    output = [] if any(each.startswith("output_dir") for each in overrides) else [f"output_dir={tmp_path}/outputs"]
 
     def loaded(*_: Any, **__: Any) -> None:
         raise AssertionError("the weights were loaded")
 
     monkeypatch.setattr("llmft.model.assemble.load_base", loaded)
-    told = []
+    messages = []
     for run in (check_command, lambda config: train(config, quiet=True)):
         with pytest.raises(UserError, match=message) as error:
-            run(compose(*HERE, *logger, *output, *own))
-        told.append((type(error.value), str(error.value)))
-    assert told[0] == told[1]
+            run(compose(*HERE, *logger, *output, *overrides))
+        messages.append((type(error.value), str(error.value)))
+    assert messages[0] == messages[1]
 
 
 def test_a_disk_too_full_is_told_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=2**20)
     monkeypatch.setattr("llmft.core.files.shutil.disk_usage", lambda _: usage)
-    told = []
+    messages = []
     for run in (check_command, lambda config: train(config, quiet=True)):
         with pytest.raises(DiskError, match=r"lower trainer\.keep_checkpoints=2") as error:
             run(compose(*HERE, "logger=none", f"output_dir={tmp_path}"))
-        told.append(str(error.value))
-    assert told[0] == told[1]
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "gpt2", "opt", "biogpt", "deberta-v2", "llama"])
@@ -276,34 +276,34 @@ def test_the_positions_of_a_family_are_those_its_table_has(kind: str) -> None:
 def test_check_says_which_columns_are_read_and_which_are_not(tmp_path: Path) -> None:
     rows = write(tmp_path / "a.jsonl", questions(30, url="u", meta={"system": "Be brief.", "by": "me"}))
     arguments = [f"data.files={rows}", "data.columns.prompt=prompt", "data.columns.response=response"]
-    found = report("data=alpaca", *arguments, "data.columns.system=meta.system", cwd=tmp_path)
-    assert found["columns"] == {
+    facts = report("data=alpaca", *arguments, "data.columns.system=meta.system", cwd=tmp_path)
+    assert facts["columns"] == {
         "read": {"prompt": ["prompt"], "response": ["response"], "meta.system": ["system"]},
         "not_read": ["url"],
         "left_out": ["input"],
     }
-    done = check("data=alpaca", *arguments, cwd=tmp_path)
+    result = check("data=alpaca", *arguments, cwd=tmp_path)
     shown = "read: prompt (prompt), response (response); not read: url, meta; optional and missing: input"
-    assert shown in " ".join(done.stdout.split())
-    done = check("data=alpaca", *arguments, "data.columns.input=contxt", cwd=tmp_path)
-    assert done.returncode == 4
-    assert "data.columns.input: no column 'contxt'" in done.stderr
+    assert shown in " ".join(result.stdout.split())
+    result = check("data=alpaca", *arguments, "data.columns.input=contxt", cwd=tmp_path)
+    assert result.returncode == 4
+    assert "data.columns.input: no column 'contxt'" in result.stderr
 
 
 def test_labels_that_are_nearly_all_the_same_and_empty_answers_are_noticed(tmp_path: Path) -> None:
     rows = [{"messages": [{"role": "user", "content": f"Is {n} even?"}, {"role": "assistant", "content": f"{n}: yes"}],
              "label": n != 3} for n in range(40)]  # fmt: skip
     file = f"data.files={write(tmp_path / 'labels.jsonl', rows)}"
-    given = ["task=kto", "data=preference_labels", file, "data.validation_fraction=0.1"]
-    found = report(*given, cwd=tmp_path)
-    assert found["labels"] == {"good": 35, "bad": 1}
-    (message,) = (f["message"] for f in found["findings"] if f["key"] == "task.loss_options")
+    arguments = ["task=kto", "data=preference_labels", file, "data.validation_fraction=0.1"]
+    facts = report(*arguments, cwd=tmp_path)
+    assert facts["labels"] == {"good": 35, "bad": 1}
+    (message,) = (f["message"] for f in facts["findings"] if f["key"] == "task.loss_options")
     assert "35 of the training answers are good and 1 bad; task.loss_options.undesirable=35" in message
-    assert [piece["good"] for piece in found["rows"][0] if piece["learned"]] == [True]
-    balanced = report(*given, "task.loss_options.undesirable=35", cwd=tmp_path)
+    assert [piece["good"] for piece in facts["rows"][0] if piece["learned"]] == [True]
+    balanced = report(*arguments, "task.loss_options.undesirable=35", cwd=tmp_path)
     assert "task.loss_options" not in {f["key"] for f in balanced["findings"]}
     pairs = [{"prompt": f"What is {n}?", "chosen": f"a {n}" if n else " ", "rejected": f"b {n}"} for n in range(40)]
     file = f"data.files={write(tmp_path / 'pairs.jsonl', pairs)}"
-    found = report("task=dpo", "data=preference", file, cwd=tmp_path)
-    messages = [f["message"] for f in found["findings"]]
+    facts = report("task=dpo", "data=preference", file, cwd=tmp_path)
+    messages = [f["message"] for f in facts["findings"]]
     assert any("1 of 40 rows compare an empty answer" in message for message in messages)

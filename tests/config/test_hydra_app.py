@@ -1,4 +1,4 @@
-"""The front door: mistakes are answered in one sentence, quickly, with the exit code of the design."""
+"""The command line: mistakes are answered in one sentence, quickly, with the documented exit code."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ print(json.dumps(answers))
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int | None, str]]:
     """(exit code, standard error) of every mistake; one process makes them all, and imports its libraries once."""
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", ONE_AFTER_ANOTHER],
         input=json.dumps([arguments for arguments, _, _ in MISTAKES]),
         cwd=tmp_path_factory.mktemp("mistakes"),
@@ -109,9 +109,9 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int | N
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    return {" ".join(m[0]): (code, told) for m, (code, told) in zip(MISTAKES, found, strict=True)}
+    assert result.returncode == 0, result.stderr
+    outcomes = json.loads(result.stdout.splitlines()[-1])
+    return {" ".join(m[0]): (code, stderr) for m, (code, stderr) in zip(MISTAKES, outcomes, strict=True)}
 
 
 @pytest.mark.parametrize(("arguments", "code", "sentence"), MISTAKES, ids=[" ".join(m[0]) for m in MISTAKES])
@@ -119,10 +119,10 @@ def test_u1_u2_u3_a_mistake_is_one_sentence_with_its_exit_code(
     arguments: list[str], code: int, sentence: str, answers: dict[str, tuple[int | None, str]]
 ) -> None:
     left, stderr = answers[" ".join(arguments)]
-    told = [line for line in stderr.splitlines() if line.startswith("llmft: ")]
+    messages = [line for line in stderr.splitlines() if line.startswith("llmft: ")]
     assert left == code, stderr
-    assert len(told) == 1, stderr
-    assert sentence in told[0]
+    assert len(messages) == 1, stderr
+    assert sentence in messages[0]
     assert "Traceback" not in stderr
 
 
@@ -130,16 +130,16 @@ def test_u1_u2_u3_a_mistake_is_one_sentence_with_its_exit_code(
 def test_u1_u2_a_process_leaves_with_that_code_and_sentence(
     arguments: list[str], code: int, sentence: str, tmp_path: Path
 ) -> None:
-    done = llmft(*arguments, "logger=none", "progress=false", cwd=tmp_path)
-    assert done.returncode == code, done.stderr
-    assert sentence in done.stderr
-    assert "Traceback" not in done.stderr
+    result = llmft(*arguments, "logger=none", "progress=false", cwd=tmp_path)
+    assert result.returncode == code, result.stderr
+    assert sentence in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_trace_shows_the_traceback(tmp_path: Path) -> None:
-    done = llmft("lora.r=-1", cwd=tmp_path, LLMFT_TRACE="1")
-    assert "Traceback" in done.stderr
-    assert done.returncode == 2
+    result = llmft("lora.r=-1", cwd=tmp_path, LLMFT_TRACE="1")
+    assert "Traceback" in result.stderr
+    assert result.returncode == 2
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_u4_help_config_and_mistakes_answer_without_heavy_imports(arguments: lis
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", program, *arguments],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -163,46 +163,46 @@ def test_u4_help_config_and_mistakes_answer_without_heavy_imports(arguments: lis
         timeout=60,
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert done.returncode == 0, done.stderr
+    assert result.returncode == 0, result.stderr
     # CPU time, not wall time: the bound is a second and it takes a third of one.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2.0
 
 
 def test_a_combination_that_cannot_run_is_refused_before_any_begins(tmp_path: Path) -> None:
-    done = llmft("seed=0", "-m", "lora.r=1,-2", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "1 of 2 combinations cannot run, so none was started" in done.stderr
-    assert "lora.r=-2: an integer of 1 or more" in done.stderr
-    assert "Traceback" not in done.stderr
+    result = llmft("seed=0", "-m", "lora.r=1,-2", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "1 of 2 combinations cannot run, so none was started" in result.stderr
+    assert "lora.r=-2: an integer of 1 or more" in result.stderr
+    assert "Traceback" not in result.stderr
     assert not (tmp_path / "outputs").exists()
 
 
 def test_the_program_starts_from_any_directory(tmp_path: Path) -> None:
-    done = llmft("--cfg", "job", "model=mistral", "lora.r=4", cwd=tmp_path)
-    assert done.returncode == 0
-    assert "mistralai/Mistral-7B-Instruct-v0.1" in done.stdout
-    assert "r: 4" in done.stdout
+    result = llmft("--cfg", "job", "model=mistral", "lora.r=4", cwd=tmp_path)
+    assert result.returncode == 0
+    assert "mistralai/Mistral-7B-Instruct-v0.1" in result.stdout
+    assert "r: 4" in result.stdout
     assert not list(tmp_path.iterdir()), "printing a config writes nothing"
 
 
 def test_a_terminal_of_few_characters_does_not_end_a_training(tmp_path: Path) -> None:
     rows = "data.rows={train: 32, validation: 8, test: 0}"
-    done = llmft("logger=none", "trainer.max_steps=1", rows, cwd=tmp_path, PYTHONIOENCODING="ascii")
-    assert done.returncode == 0, done.stderr
+    result = llmft("logger=none", "trainer.max_steps=1", rows, cwd=tmp_path, PYTHONIOENCODING="ascii")
+    assert result.returncode == 0, result.stderr
 
 
 def test_u6_names_with_markup_spaces_and_commas_are_only_names(tmp_path: Path) -> None:
     (tmp_path / "a b [red] c.csv").write_text("prompt,response\n" + "".join(f"q{n},a{n}\n" for n in range(30)))
     arguments = ["data=prompt_response", "data.files=a b [red] c.csv", "output_dir='o[/x] y'", "logger=none"]
     for _ in range(2):
-        done = command("llmft", *arguments, "trainer.max_steps=1", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-    assert "o[/x] y" in done.stdout
+        result = command("llmft", *arguments, "trainer.max_steps=1", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    assert "o[/x] y" in result.stdout
 
 
 def test_another_process_of_a_finished_distributed_run_has_nothing_to_do(tmp_path: Path) -> None:
     rows = "data.rows={train: 16, validation: 4, test: 0}"
     arguments = ["logger=none", "trainer.max_steps=1", rows, "trainer.accelerator=cpu"]
     assert command("llmft", *arguments, cwd=tmp_path).returncode == 0
-    done = llmft(*arguments, "trainer=ddp", cwd=tmp_path, timeout=60, RANK="1", LOCAL_RANK="1", WORLD_SIZE="2")
-    assert done.returncode == 0, done.stderr
+    result = llmft(*arguments, "trainer=ddp", cwd=tmp_path, timeout=60, RANK="1", LOCAL_RANK="1", WORLD_SIZE="2")
+    assert result.returncode == 0, result.stderr

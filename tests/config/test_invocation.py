@@ -1,4 +1,4 @@
-"""How a process was called is read once and passed along."""
+"""The process's arguments are read once and passed along."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line as a real shell hands it over: every command that is printed anywhere, any text, tab completion."""
+"""The command line as a real shell passes it: every command that is printed anywhere, any text, tab completion."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ COMMAND = r"(?:python -m llmft|llmft (?=[a-z]+\b(?:$| [a-z-]|=)))"
 def split_by_bash(lines: Sequence[str], cwd: Path) -> list[list[str]]:
     """The words that bash hands to the program of each line."""
     script = "\n".join(f'words {line}\nprintf "\\1\\0"' for line in lines)
-    done = subprocess.run(
+    result = subprocess.run(
         ["bash", "-c", f"words() {{ printf '%s\\0' \"$@\"; }}\n{script}"], cwd=cwd, capture_output=True, check=True
     )
-    found: list[list[str]] = [[]]
-    for word in os.fsdecode(done.stdout).split("\0")[:-1]:
-        found.append([]) if word == "\1" else found[-1].append(word)
-    return found[:-1]
+    words_of: list[list[str]] = [[]]
+    for word in os.fsdecode(result.stdout).split("\0")[:-1]:
+        words_of.append([]) if word == "\1" else words_of[-1].append(word)
+    return words_of[:-1]
 
 
 @cache
 def printed_commands() -> dict[str, str]:
     """Every command that a README, conf/, sweeps/, --help or an error shows, and the file that shows it.
 
-    What is not a command as it stands is left out: patterns (with …, [key=value] or a value that code fills in), and
+    Not included are patterns (with …, [key=value] or a value that code fills in), and
     `wandb sweep`, which is a program of others.
     """
-    found: dict[str, str] = {}
+    commands: dict[str, str] = {}
     sources = [*READMES, *(ROOT / "llmft").rglob("*.py")]
     sources += [path for folder in ("conf", "sweeps") for path in (ROOT / folder).rglob("*.yaml")]
     for path in sorted(sources):
@@ -65,8 +65,8 @@ def printed_commands() -> dict[str, str]:
                 exact.append(re.split(r"  |[:;,] |\. ", line)[0])
         for command in exact:
             if re.match(COMMAND, command) and not re.search(r"…|\[key=|\{\w+[.}]|<|%s|COMMAND", command):
-                found.setdefault(command.strip().rstrip(":,."), str(path.relative_to(ROOT)))
-    return found
+                commands.setdefault(command.strip().rstrip(":,."), str(path.relative_to(ROOT)))
+    return commands
 
 
 def schema_of(command: str) -> tuple[str, type]:
@@ -78,7 +78,7 @@ def schema_of(command: str) -> tuple[str, type]:
 
 
 def compose_words(command: str, words: Sequence[str]) -> Any:
-    """The config that a command's arguments give, of a sweep that of the first combination."""
+    """The config of a command's arguments; for a sweep, of the first combination."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra_plugins.llmft_sweeping import combinations
 
@@ -108,10 +108,10 @@ def test_every_printed_command_composes_as_bash_hands_it_over(tmp_path: Path) ->
     assert len(commands) > 60
     wrong = []
     for line, words in zip(commands, split_by_bash(commands, tmp_path), strict=True):
-        program, *rest = words
-        module = rest[1] if program == "python" else "llmft"
-        assert program == "llmft" or rest[0] == "-m"
-        words = rest[2:] if program == "python" else rest
+        program, *arguments = words
+        module = arguments[1] if program == "python" else "llmft"
+        assert program == "llmft" or arguments[0] == "-m"
+        words = arguments[2:] if program == "python" else arguments
         command = module.partition(".")[2] or (words.pop(0) if words and words[0] in COMMANDS else "train")
         try:
             if command in COMMANDS:
@@ -141,7 +141,7 @@ def test_every_group_of_arguments_in_the_readme_is_taken_by_a_command(tmp_path: 
     ways += [("merge", ["run=x"]), ("merge", ["run=x", "format=gguf"])]
     wrong = []
     for line, words in zip(spans, split_by_bash(spans, tmp_path), strict=True):
-        told = []
+        errors = []
         for command, more in ways:
             if command != "train" and not _has_keys(command, words):
                 continue
@@ -149,14 +149,14 @@ def test_every_group_of_arguments_in_the_readme_is_taken_by_a_command(tmp_path: 
                 compose_words(command, [*more, *words])
                 break
             except Exception as error:
-                told.append(f"{command}: {error}")
+                errors.append(f"{command}: {error}")
         else:
-            wrong.append(f"{line}: {told}")
+            wrong.append(f"{line}: {errors}")
     assert not wrong, "\n".join(wrong)
 
 
 def _has_keys(command: str, words: Sequence[str]) -> bool:
-    """Whether the keys are at least in a command's schema; cheaper than to compose."""
+    """Whether the keys are in a command's schema; cheaper than composing."""
     known = schema_of(command)[1].__dataclass_fields__
     return all(re.split(r"[.=]", word.lstrip("+"))[0] in known for word in words)
 
@@ -180,7 +180,7 @@ def value_of(override: str) -> Any:
 
 
 def literally(text: str) -> bool:
-    """Whether a text means its own characters: not null, no interpolation, not in one pair of quotes."""
+    """Whether a text is taken literally: not null, no interpolation, not in one pair of quotes."""
     return text != "null" and "${" not in text and unquoted(text) == text
 
 
@@ -192,9 +192,9 @@ def literally(text: str) -> bool:
 @example(" a, b ")
 @example("")
 def test_a_text_key_takes_any_text_as_it_is(text: str) -> None:
-    made = as_override(f"notes={text}", TrainConfig)
-    assert value_of(made) == text
-    assert as_override(made, TrainConfig) == made
+    override = as_override(f"notes={text}", TrainConfig)
+    assert value_of(override) == text
+    assert as_override(override, TrainConfig) == override
     again = as_override(f"notes={quoted(text)}", TrainConfig, several=True)
     assert value_of(again) == text
 
@@ -282,15 +282,15 @@ class TestCommands:
 
     def test_a_commands_name_is_the_same_as_its_module(self, tmp_path: Path) -> None:
         for way in (["llmft", "disk"], ["llmft.disk"]):
-            done = run_module(*way, "--help", cwd=tmp_path)
-            assert done.returncode == 0
-            assert "which run uses it" in done.stdout
+            result = run_module(*way, "--help", cwd=tmp_path)
+            assert result.returncode == 0
+            assert "which run uses it" in result.stdout
         assert run_module("llmft", "train", "lora.r=0", cwd=tmp_path).returncode == 2
 
     def test_an_unknown_command_is_answered_with_the_nearest(self, tmp_path: Path) -> None:
-        done = run_module("llmft", "chekc", "data=alpaca", cwd=tmp_path)
-        assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr.strip() == "llmft: chekc: no such command, and no key=value; did you mean check?"
+        result = run_module("llmft", "chekc", "data=alpaca", cwd=tmp_path)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert result.stderr.strip() == "llmft: chekc: no such command, and no key=value; did you mean check?"
 
 
 def run_module(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -305,7 +305,7 @@ def run_module(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 class TestCompletion:
-    """What a tab offers."""
+    """Suggestions of tab completion."""
 
     @pytest.mark.parametrize(
         ("line", "offered"),
@@ -345,7 +345,7 @@ class TestCompletion:
             COMP_LINE=$line COMP_POINT=${#line} COMP_WORDS=("$@") COMP_CWORD=$(($# - 1))
             ${BASH_REMATCH[1]} "$1"; printf '%s\\n' "${COMPREPLY[@]}"
         """
-        done = subprocess.run(
+        result = subprocess.run(
             ["bash", "--norc", "-c", driver, "bash", line, *words],
             cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -353,8 +353,8 @@ class TestCompletion:
             text=True,
             timeout=60,
         )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.split() == replies
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.split() == replies
 
     @pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is not installed here")
     @pytest.mark.slow
@@ -373,7 +373,7 @@ class TestCompletion:
             wait_for tinyllama; zpty -w -n shell $'\n'
             wait_for 'GOT:*:'; print -r -- $all; zpty -d shell
         """
-        done = subprocess.run(
+        result = subprocess.run(
             ["zsh", "-f", "-c", driver],
             cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": str(ROOT), "TERM": "dumb", "ZDOTDIR": str(tmp_path)},
@@ -381,4 +381,4 @@ class TestCompletion:
             text=True,
             timeout=60,
         )
-        assert "GOT:optimizer=sgd model=tinyllama:" in done.stdout, done.stdout + done.stderr
+        assert "GOT:optimizer=sgd model=tinyllama:" in result.stdout, result.stdout + result.stderr

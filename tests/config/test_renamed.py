@@ -1,4 +1,4 @@
-"""Keys that got another name: the old one works for a release, is told, and names the same run."""
+"""Renamed keys: the old name works for a release with a warning, and gives the same run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Configs: every option composes, values are typed, and what is out of range is refused with its key."""
+"""Configs: every option composes, values are typed, and values out of range are refused with their key."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NEEDS = {
 
 
 def needs(group: str, option: str) -> list[str]:
-    """What an option cannot do without."""
+    """The overrides that an option requires."""
     extra = list(NEEDS.get((group, option), []))
     text = (CONF / group / f"{option}.yaml").read_text()
     if (group == "data" and "\nhub: " not in text and "\nsource: llmft" not in text) or option == "base":
@@ -78,19 +78,19 @@ def test_mistral_composes_the_real_thing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("written", "wanted"), [("true", "full"), ("false", "none"), ("none", "none"), ("selective", "full")]
+    ("written", "level"), [("true", "full"), ("false", "none"), ("none", "none"), ("selective", "full")]
 )
 @pytest.mark.filterwarnings("ignore:trainer.gradient_checkpointing=selective is gone")
-def test_gradient_checkpointing_is_a_level_or_yes_or_no(written: str, wanted: str) -> None:
+def test_gradient_checkpointing_is_a_level_or_yes_or_no(written: str, level: str) -> None:
     config = compose(f"trainer.gradient_checkpointing={written}")
-    assert config.trainer.gradient_checkpointing is Checkpointing(wanted)
+    assert config.trainer.gradient_checkpointing is Checkpointing(level)
     again = from_plain(to_plain(config), TrainConfig)
-    assert again.trainer.gradient_checkpointing is Checkpointing(wanted)
+    assert again.trainer.gradient_checkpointing is Checkpointing(level)
 
 
 def test_the_micro_batch_is_rows_tokens_or_auto() -> None:
-    found = [rows_or_tokens(compose(f"trainer.micro_batch={value}").trainer.micro_batch) for value in ("auto", "3")]
-    assert found == [(None, None), (3, None)]
+    values = [rows_or_tokens(compose(f"trainer.micro_batch={value}").trainer.micro_batch) for value in ("auto", "3")]
+    assert values == [(None, None), (3, None)]
     assert rows_or_tokens(compose("trainer.micro_batch=4096tokens").trainer.micro_batch) == (None, 4096)
     assert rows_or_tokens("4096 tokens") == (None, 4096)
     for value in ("0", "-1", "1.5", "true", "many", "0tokens"):

@@ -21,10 +21,10 @@ def test_without_a_near_name_all_are_listed() -> None:
 
 
 def test_a_full_disk_is_named_as_such() -> None:
-    told = as_user_error(OSError(errno.ENOSPC, "No space left on device", "run.json"))
-    assert isinstance(told, DiskError)
-    assert told.exit_code == 74
-    assert "run.json" in str(told)
+    error = as_user_error(OSError(errno.ENOSPC, "No space left on device", "run.json"))
+    assert isinstance(error, DiskError)
+    assert error.exit_code == 74
+    assert "run.json" in str(error)
 
 
 def test_a_file_in_the_way_of_what_is_written_is_one_sentence(
@@ -43,6 +43,6 @@ def test_a_command_whose_reader_has_gone_ends_silently(unbuffered: str) -> None:
     os.close(reader)
     command = [sys.executable, "-m", "llmft", "merge", "--cfg", "job", "run=DIR"]
     environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
-    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=environment)
+    result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=environment)
     os.close(writer)
-    assert (done.returncode, done.stderr) == (141, b"")
+    assert (result.returncode, result.stderr) == (141, b"")

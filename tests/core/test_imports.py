@@ -1,4 +1,4 @@
-"""Loading torch and its kin: nothing of theirs is changed, and nothing of the process but what is said."""
+"""Loading torch and related libraries changes nothing in them, and in the process only what is documented."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ print([f for f in warnings.filters if f[0] == "ignore" and f not in before and f
 import scipy.optimize, torch, transformers
 print(type(sys.modules["torch._dynamo"]).__name__, torch.compile.__module__, transformers.utils.is_scipy_available())
 """
-    done = run(body)
-    assert done.stdout.splitlines() == ["True 0", "[]", "module torch True"], done.stdout + done.stderr
+    result = run(body)
+    assert result.stdout.splitlines() == ["True 0", "[]", "module torch True"], result.stdout + result.stderr
 
 
 def test_inside_the_context_these_libraries_are_quiet_and_everybody_else_is_heard() -> None:
@@ -43,9 +43,9 @@ with quiet_warnings():
     warn("transformers.generation.utils"); warn("torchmetrics"); warn("mylib"); warn("torch", RuntimeWarning)
 warn("transformers")
 """
-    done = run(body)
-    heard = [line.rpartition(" ")[2] for line in done.stderr.splitlines() if "heard" in line]
-    assert heard == ["torchmetrics", "mylib", "torch", "transformers"], done.stderr
+    result = run(body)
+    heard = [line.rpartition(" ")[2] for line in result.stderr.splitlines() if "heard" in line]
+    assert heard == ["torchmetrics", "mylib", "torch", "transformers"], result.stderr
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"], ["lora.rr=1"]])
@@ -57,8 +57,8 @@ import llmft.train
 sys.argv = ["llmft", *{arguments!r}]
 llmft.train.main(sys.argv[1:])
 """
-    done = run(body)
-    assert "libraries []" in done.stdout, done.stdout[-300:] + done.stderr
+    result = run(body)
+    assert "libraries []" in result.stdout, result.stdout[-300:] + result.stderr
 
 
 def test_a_training_called_from_a_notebook_gives_the_libraries_their_messages_back(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a machine has, asked without CUDA; and a Windows that has less than Linux."""
+"""A machine's resources, found without CUDA; and Windows, which has fewer functions than Linux."""
 
 from __future__ import annotations
 
@@ -45,6 +45,6 @@ runpy.run_module("llmft.check", run_name="__main__")
 @pytest.mark.slow
 def test_nothing_is_asked_of_windows_that_only_linux_has(tmp_path: Path) -> None:
     command = [sys.executable, "-c", AS_ON_WINDOWS, "check", *SMALL, f"output_dir={tmp_path}"]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "llmft check" in done.stdout
+    result = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "llmft check" in result.stdout

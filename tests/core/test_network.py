@@ -1,4 +1,4 @@
-"""Every wait for a network ends: in all, not from byte to byte."""
+"""Every wait for a network has a limit in total, not per byte."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_a_token_stays_with_the_server_that_it_is_for(monkeypatch: pytest.Monkey
 
 @pytest.fixture
 def slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder that a library downloads into, a file every 0.2 s, and then waits for ever if it is told to."""
+    """The folder into which library.fetch writes a file every 0.2 s; with `hang` it stops for a minute."""
     (tmp_path / "library.py").write_text(
         "import pathlib, time\n"
         "def fetch(folder, hang):\n"

@@ -65,9 +65,9 @@ def test_a_limit_in_tokens_bounds_tokens_and_padding_and_loses_no_row(
             assert sum(lengths[row] for row in group) <= tokens
             assert len(group) * max(lengths[row] for row in group) <= PADDED * tokens
     for first, second in pairwise(groups):  # none is cut before it is full
-        whole = [lengths[row] for row in (*first, second[0])]
-        full = rows is not None and len(whole) > rows
-        assert full or sum(whole) > tokens or len(whole) * max(whole) > PADDED * tokens
+        joined = [lengths[row] for row in (*first, second[0])]
+        full = rows is not None and len(joined) > rows
+        assert full or sum(joined) > tokens or len(joined) * max(joined) > PADDED * tokens
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

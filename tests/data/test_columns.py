@@ -106,22 +106,23 @@ def test_a_column_that_is_not_there_is_named_with_those_that_are() -> None:
 
 def test_classes_are_the_sorted_targets_of_the_training_rows() -> None:
     rows = [Row({"t": "x", "y": label}, "f:1") for label in ("b", "a", "b")]
-    made = ColumnMap.of(DataConfig(name="d", files="f", columns=Columns(text="t", target="y")), rows, HEADS["classes"])
-    assert made.labels == ["a", "b"]
-    assert made.conversation(rows[0]).target == 1
+    config = DataConfig(name="d", files="f", columns=Columns(text="t", target="y"))
+    columns = ColumnMap.of(config, rows, HEADS["classes"])
+    assert columns.labels == ["a", "b"]
+    assert columns.conversation(rows[0]).target == 1
     with pytest.raises(ValueError, match="not among the classes"):
-        made.conversation(Row({"t": "x", "y": "c"}, "f:9"))
+        columns.conversation(Row({"t": "x", "y": "c"}, "f:9"))
 
 
 def test_preference_pairs_end_in_the_chosen_answer() -> None:
     columns = Columns(prompt="p", chosen="c", rejected="r")
-    made = mapped(columns).conversation(Row({"p": "Q", "c": "good", "r": "bad"}, "f:1"))
-    assert made.messages[-1] == {"role": "assistant", "content": "good"}
+    conversation = mapped(columns).conversation(Row({"p": "Q", "c": "good", "r": "bad"}, "f:1"))
+    assert conversation.messages[-1] == {"role": "assistant", "content": "good"}
     sharegpt = Columns(messages="m", chosen="c", rejected="r")
     turns = [{"from": "human", "value": "Q"}]
     values = {"m": turns, "c": {"from": "gpt", "value": "good"}, "r": {"from": "gpt", "value": "bad"}}
-    made = mapped(sharegpt).conversation(Row(values, "f:1"))
-    assert [message["content"] for message in made.messages] == ["Q", "good"]
+    conversation = mapped(sharegpt).conversation(Row(values, "f:1"))
+    assert [message["content"] for message in conversation.messages] == ["Q", "good"]
     with pytest.raises(ValueError, match="ends with an answer already"):
         mapped(sharegpt).conversation(Row({**values, "m": [*turns, {"from": "gpt", "value": "A"}]}, "f:1"))
     with pytest.raises(ValueError, match="'c' is empty"):
@@ -142,40 +143,40 @@ HEADS = {
 }
 
 
-def marked_rows(asked: bool) -> list[Row]:
+def marked_rows(without_answer: bool) -> list[Row]:
     """Two rows in which each column's value names the column."""
     rows = []
     for number in range(2):
         values: dict[str, Any] = {key: f"<{key}> {number}" for key in KEYS}
         turns = [{"role": "user", "content": values["messages"]}, {"role": "assistant", "content": "said"}]
-        rows.append(Row({**values, "messages": turns[:1] if asked else turns}, f"f:{number}"))
+        rows.append(Row({**values, "messages": turns[:1] if without_answer else turns}, f"f:{number}"))
     return rows
 
 
-def outcome(keys: tuple[str, ...], task: TaskConfig, asked: bool) -> str:
-    """What of a row is used, as one text; or the sentence that refuses."""
-    rows = marked_rows(asked)
+def outcome(keys: tuple[str, ...], task: TaskConfig, without_answer: bool) -> str:
+    """The used parts of a row as one text; or the sentence of its refusal."""
+    rows = marked_rows(without_answer)
     data = DataConfig(name="d", files="f", columns=Columns(**{key: key for key in keys}))
     try:
         columns = ColumnMap.of(data, rows, task)
-        made = columns.conversation(rows[1])
+        conversation = columns.conversation(rows[1])
     except (ConfigError, DataError, ValueError) as error:
         return f"refused: {error}"
-    named = columns.targets.name(made.target) if columns.targets is not None else ""
+    named = columns.targets.name(conversation.target) if columns.targets is not None else ""
     unread = " ".join(f"<{name}> 1" for name in columns.usage(rows)["not_read"])
-    return f"{made.messages} {named} {made.id}; told as not read: {unread}"
+    return f"{conversation.messages} {named} {conversation.id}; told as not read: {unread}"
 
 
 @pytest.mark.parametrize("task", HEADS)
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_a_named_column_is_used_or_refused(task: str, size: int) -> None:
     for keys in combinations(KEYS, size):
-        for asked in (True, False):
-            told = outcome(keys, HEADS[task], asked)
-            if not told.startswith("refused: "):
-                assert [key for key in keys if f"<{key}> 1" not in told] == [], (keys, told)
-            elif "turns" not in told and "nothing to learn" not in told and "answer already" not in told:
-                assert "data.columns" in told, (keys, told)
+        for without_answer in (True, False):
+            result = outcome(keys, HEADS[task], without_answer)
+            if not result.startswith("refused: "):
+                assert [key for key in keys if f"<{key}> 1" not in result] == [], (keys, result)
+            elif "turns" not in result and "nothing to learn" not in result and "answer already" not in result:
+                assert "data.columns" in result, (keys, result)
 
 
 @pytest.mark.parametrize("task", HEADS)
@@ -213,8 +214,8 @@ def test_what_goes_together_is_used(task: str, keys: tuple[str, ...]) -> None:
 
 def test_a_last_question_is_answered_by_the_response_column_and_never_left_out() -> None:
     row = marked_rows(True)[0]
-    made = mapped(Columns(messages="messages", response="response", system="system")).conversation(row)
-    assert [(m["role"], m["content"]) for m in made.messages] == [
+    conversation = mapped(Columns(messages="messages", response="response", system="system")).conversation(row)
+    assert [(m["role"], m["content"]) for m in conversation.messages] == [
         ("system", "<system> 0"),
         ("user", "<messages> 0"),
         ("assistant", "<response> 0"),
@@ -252,9 +253,9 @@ def test_a_mistyped_column_is_an_error_and_only_a_data_options_own_may_be_missin
         columns=Columns(prompt="prompt", input="input", response="response"),
         optional_columns=["input"],
     )
-    made = ColumnMap.of(optional, rows, HEADS["text"])
-    assert len(made.conversation(rows[0]).messages) == 2
-    assert made.usage(rows) == {
+    column_map = ColumnMap.of(optional, rows, HEADS["text"])
+    assert len(column_map.conversation(rows[0]).messages) == 2
+    assert column_map.usage(rows) == {
         "read": {"prompt": ["prompt"], "response": ["response"]},
         "not_read": ["system_prompt", "context"],
         "left_out": ["input"],
@@ -310,8 +311,8 @@ def test_a_value_is_plain_text_or_refused(value: object, text: str | None) -> No
 
 
 def test_templates_take_names_with_dots_and_colons_and_say_what_is_wrong_with_braces() -> None:
-    made = convert(Columns(prompt="{a.b} {c: d} {{x}}", response="r"), **{"a.b": 1, "c: d": 2, "r": "A"})
-    assert made[0]["content"] == "1 2 {x}"
+    conversation = convert(Columns(prompt="{a.b} {c: d} {{x}}", response="r"), **{"a.b": 1, "c: d": 2, "r": "A"})
+    assert conversation[0]["content"] == "1 2 {x}"
     rows = [Row({"a": "x", "r": "A"}, "f:1")]
     for template in ("{a", "a}{"):
         data = DataConfig(name="d", files="f", columns=Columns(prompt=template, response="r"))
@@ -338,8 +339,8 @@ def test_a_row_may_lack_an_optional_column_that_others_have() -> None:
     columns = Columns(prompt="q", input="i", response="r")
     data = DataConfig(name="d", files="f", columns=columns, optional_columns=["i"])
     columns_of_both = ColumnMap.of(data, [full, bare], HEADS["text"])
-    asked = [made.messages[0] for made in columns_of_both.conversations([full, bare], BadRows())]
-    assert asked == [{"role": "user", "content": "Q", "input": "I"}, {"role": "user", "content": "Q"}]
+    first_messages = [c.messages[0] for c in columns_of_both.conversations([full, bare], BadRows())]
+    assert first_messages == [{"role": "user", "content": "Q", "input": "I"}, {"role": "user", "content": "Q"}]
     data.columns.input = "{i} {c}"  # of a template that has another column nothing is left out
     with pytest.raises(DataError, match=r"f:2: no column 'i'.*data\.optional_columns=\[i\]"):
         ColumnMap.of(data, [full, bare], HEADS["text"]).conversations([full, bare], BadRows())

@@ -1,4 +1,4 @@
-"""Token ids and labels: what is trained is the answer and its end, and nothing is doubled or cut off."""
+"""Token ids and labels: the answer and its end are trained, and nothing is doubled or cut off."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ def test_every_answer_of_a_conversation_is_trained(tokenizer: Any) -> None:
 
 def test_the_generation_prompt_is_the_beginning_of_the_training_row(tokenizer: Any) -> None:
     for prompt in ("alpaca_short", "alpaca"):
-        made = encoder(tokenizer, prompt)
-        (example,) = made.encode("train", [chat()], BadRows())
-        ids = made.prompt_ids(chat())
+        row_encoder = encoder(tokenizer, prompt)
+        (example,) = row_encoder.encode("train", [chat()], BadRows())
+        ids = row_encoder.prompt_ids(chat())
         assert list(example.input_ids[: len(ids)]) == ids
         assert example.labels[len(ids)] != IGNORE
 
@@ -71,8 +71,8 @@ def test_the_generation_prompt_is_the_beginning_of_the_training_row(tokenizer: A
     "policy", [Truncation.cut_prompt_left, Truncation.cut_prompt_middle, Truncation.cut_prompt_right]
 )
 def test_a_long_row_is_cut_in_its_question_and_keeps_headers_and_answer(tokenizer: Any, policy: Truncation) -> None:
-    made = encoder(tokenizer, max_tokens=80, truncation=policy)
-    (example,) = made.encode("train", [chat(LONG)], BadRows())
+    row_encoder = encoder(tokenizer, max_tokens=80, truncation=policy)
+    (example,) = row_encoder.encode("train", [chat(LONG)], BadRows())
     text = tokenizer.decode(example.input_ids)
     assert len(example.input_ids) == 80
     assert text.startswith("<s>### Instruction:\n")
@@ -80,16 +80,16 @@ def test_a_long_row_is_cut_in_its_question_and_keeps_headers_and_answer(tokenize
     assert trained(tokenizer, example) == "Ann</s>"
     assert ("word0 " in text) == (policy is not Truncation.cut_prompt_left)
     assert ("word59" in text) == (policy is not Truncation.cut_prompt_right)
-    assert made.lengths["train"].rows_cut == 1
-    assert len(made.prompt_ids(chat(LONG))) <= 80
+    assert row_encoder.lengths["train"].rows_cut == 1
+    assert len(row_encoder.prompt_ids(chat(LONG))) <= 80
 
 
 def test_an_answer_is_never_cut(tokenizer: Any) -> None:
-    made = encoder(tokenizer, max_tokens=80)
-    examples = made.encode("train", [chat("Q", LONG), chat()], BadRows())
+    row_encoder = encoder(tokenizer, max_tokens=80)
+    examples = row_encoder.encode("train", [chat("Q", LONG), chat()], BadRows())
     assert len(examples) == 1
-    assert made.lengths["train"].rows_dropped == 1
-    assert made.lengths["train"].answer_tokens_dropped > 80
+    assert row_encoder.lengths["train"].rows_dropped == 1
+    assert row_encoder.lengths["train"].answer_tokens_dropped > 80
 
 
 def test_truncation_error_and_nothing_left_are_errors(tokenizer: Any) -> None:
@@ -122,8 +122,8 @@ def test_a_format_without_begin_token_gets_one_where_the_tokenizer_adds_it(share
     node = OmegaConf.merge(OmegaConf.structured(PromptConfig), OmegaConf.load(ROOT / "conf/prompt/zephyr.yaml"))
     config = OmegaConf.to_object(node)
     assert isinstance(config, PromptConfig)
-    made = Encoder(llama, prompt_format(config, llama), DataConfig(name="d", files="f"))
-    (example,) = made.encode("train", [chat()], BadRows())
+    row_encoder = Encoder(llama, prompt_format(config, llama), DataConfig(name="d", files="f"))
+    (example,) = row_encoder.encode("train", [chat()], BadRows())
     assert list(example.input_ids).count(llama.bos_token_id) == 1
     assert example.input_ids[0] == llama.bos_token_id
     gpt2 = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "gpt2")
@@ -137,20 +137,20 @@ CHATML = (
 
 
 class Vendor:
-    """A tokenizer's chat template, which as most of them marks no answers."""
+    """A tokenizer with a chat template that, like most, marks no answers."""
 
     chat_template: str | None = CHATML
     bos_token_id = bos_token = eos_token = None
 
 
 def test_a_vendors_template_without_marks_is_read_by_its_prefixes() -> None:
-    made = prompt_format(PromptConfig(name="native"), Vendor())
+    format_ = prompt_format(PromptConfig(name="native"), Vendor())
     turns = [*chat("Q1", "A1").messages, *chat("Q2", "A2").messages]
-    rendered = made.render(turns)
+    rendered = format_.render(turns)
     assert [rendered.text[a:b] for a, b in rendered.spans] == ["A1<|im_end|>", "A2<|im_end|>"]
     marked = format_of("chatml").render(turns)
     assert (marked.text.rstrip(), marked.spans) == (rendered.text.rstrip(), rendered.spans)
-    assert made.end_marker() == "<|im_end|>"
+    assert format_.end_marker() == "<|im_end|>"
 
 
 def test_a_vendors_template_that_rewrites_its_beginning_is_learned_behind_its_prompt(
@@ -226,23 +226,23 @@ def test_real_rows_keep_their_end_token_and_one_begin_token(tokenizer: Any, shar
 
 def test_limits_on_prompt_and_answer_are_in_tokens_and_counted_by_name(tokenizer: Any) -> None:
     rows = [chat(), chat(LONG), chat("Q", LONG)]
-    made = encoder(tokenizer, max_prompt_tokens=40, max_answer_tokens=20, truncation=Truncation.drop)
-    assert [example.conversation for example in made.encode("train", rows, BadRows())] == rows[:1]
-    assert made.lengths["train"].dropped_by == {"data.max_prompt_tokens": 1, "data.max_answer_tokens": 1}
-    made = encoder(tokenizer, max_prompt_tokens=40, max_answer_tokens=20)
-    examples = made.encode("train", rows, BadRows())
+    row_encoder = encoder(tokenizer, max_prompt_tokens=40, max_answer_tokens=20, truncation=Truncation.drop)
+    assert [example.conversation for example in row_encoder.encode("train", rows, BadRows())] == rows[:1]
+    assert row_encoder.lengths["train"].dropped_by == {"data.max_prompt_tokens": 1, "data.max_answer_tokens": 1}
+    row_encoder = encoder(tokenizer, max_prompt_tokens=40, max_answer_tokens=20)
+    examples = row_encoder.encode("train", rows, BadRows())
     assert len(examples) == 2
     assert len(examples[1].input_ids) - (examples[1].labelled_tokens) == 40
-    assert len(made.prompt_ids(chat(LONG))) == 40
+    assert len(row_encoder.prompt_ids(chat(LONG))) == 40
 
 
 def test_rows_may_be_chosen_by_their_number_of_tokens(tokenizer: Any) -> None:
     rows = [chat(), chat(LONG), chat("Q", LONG)]
-    made = encoder(tokenizer, min_prompt_tokens=100)
-    assert [e.conversation for e in made.encode("train", rows, BadRows())] == rows[1:2]
-    made = encoder(tokenizer, min_answer_tokens=100)
-    assert [e.conversation for e in made.encode("train", rows, BadRows())] == rows[2:]
-    assert made.lengths["train"].dropped_by == {"data.min_answer_tokens": 2}
+    row_encoder = encoder(tokenizer, min_prompt_tokens=100)
+    assert [e.conversation for e in row_encoder.encode("train", rows, BadRows())] == rows[1:2]
+    row_encoder = encoder(tokenizer, min_answer_tokens=100)
+    assert [e.conversation for e in row_encoder.encode("train", rows, BadRows())] == rows[2:]
+    assert row_encoder.lengths["train"].dropped_by == {"data.min_answer_tokens": 2}
 
 
 def test_loss_on_the_last_answer_only(tokenizer: Any) -> None:
@@ -261,18 +261,18 @@ def test_llama_2_and_mistral_ids_are_those_of_the_vendors_published_format(share
 
     llama = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "llama2")
     turns = [*chat("Who are you?", "I am Ann.").messages, *chat("Why?", "No idea.").messages]
-    made = Encoder(llama, format_of("llama2"), DataConfig(name="d", files="f"))
-    (example,) = made.encode("train", [Conversation(turns, "f:1")], BadRows())
-    wanted: list[int] = []
+    row_encoder = Encoder(llama, format_of("llama2"), DataConfig(name="d", files="f"))
+    (example,) = row_encoder.encode("train", [Conversation(turns, "f:1")], BadRows())
+    expected: list[int] = []
     for question, answer in (("Who are you?", "I am Ann."), ("Why?", "No idea.")):
         text = f"[INST] {question} [/INST] {answer} "
-        wanted += [llama.bos_token_id, *llama(text, add_special_tokens=False).input_ids, llama.eos_token_id]
-    assert list(example.input_ids) == wanted
+        expected += [llama.bos_token_id, *llama(text, add_special_tokens=False).input_ids, llama.eos_token_id]
+    assert list(example.input_ids) == expected
     assert trained(llama, example).replace(" ", "") == "IamAnn.</s>Noidea.</s>"
 
     mistral = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "mistral_v3")
-    made = Encoder(mistral, format_of("mistral_v3"), DataConfig(name="d", files="f"))
-    (example,) = made.encode("train", [chat("Who are you?", "I am Ann.")], BadRows())
+    row_encoder = Encoder(mistral, format_of("mistral_v3"), DataConfig(name="d", files="f"))
+    (example,) = row_encoder.encode("train", [chat("Who are you?", "I am Ann.")], BadRows())
     tokens = mistral.convert_ids_to_tokens(list(example.input_ids))
     assert tokens[:2] == ["<s>", "[INST]"]
     assert tokens.count("[/INST]") == 1
@@ -292,15 +292,17 @@ def test_a_mark_never_reaches_the_text() -> None:
 def test_rows_without_answers_are_looked_at_under_a_marker_of_several_tokens(tokenizer: Any) -> None:
     from llmft.data.quality import split_statistics
 
-    made = encoder(tokenizer, "chatml")
-    assert made.ends.text
+    row_encoder = encoder(tokenizer, "chatml")
+    assert row_encoder.ends.text
     rows = [Conversation([{"role": "user", "content": "Q"}], "f:1", target=0, marked=False)]
-    assert split_statistics(made.encode("train", rows, BadRows()), tokenizer, made.ends).untrained == 1
+    assert split_statistics(row_encoder.encode("train", rows, BadRows()), tokenizer, row_encoder.ends).untrained == 1
 
 
 def test_an_end_marker_of_several_tokens_in_a_rows_own_text_is_told(tokenizer: Any) -> None:
     from llmft.data.quality import split_statistics
 
-    made = encoder(tokenizer, "chatml")
-    rows = [chat(answer="Ann"), chat(answer=f"A{made.marker}nn")]
-    assert split_statistics(made.encode("train", rows, BadRows()), tokenizer, made.ends).special_in_text == 1
+    row_encoder = encoder(tokenizer, "chatml")
+    rows = [chat(answer="Ann"), chat(answer=f"A{row_encoder.marker}nn")]
+    assert (
+        split_statistics(row_encoder.encode("train", rows, BadRows()), tokenizer, row_encoder.ends).special_in_text == 1
+    )

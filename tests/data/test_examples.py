@@ -1,4 +1,4 @@
-"""Tokens in columns, and their cache: found again by content, rebuilt when damaged."""
+"""Tokens in columns, and their cache: identified by content, rebuilt when damaged."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def chats(count: int = 5) -> list[Conversation]:
     ]
 
 
-def made() -> Examples:
+def three_examples() -> Examples:
     marks = [np.array([0, 1, 1], np.uint8), np.array([1, 1], np.uint8), np.array([0, 0, 0, 1], np.uint8)]
     return Examples.of([[3, 4, 5], [6, 7], [8, 9, 10, 11]], marks, [0, 2, 3], chats())
 
 
 def test_rows_come_back_as_they_went_in() -> None:
-    examples = made()
+    examples = three_examples()
     assert len(examples) == 3
     assert [list(example.input_ids) for example in examples] == [[3, 4, 5], [6, 7], [8, 9, 10, 11]]
     assert list(examples[0].labels) == [IGNORE, 4, 5]
@@ -55,14 +55,14 @@ def test_no_rows_are_no_mistake() -> None:
 
 def test_a_file_is_mapped_and_datasets_opens_it_too(tmp_path: Path) -> None:
     path = tmp_path / "tokens.arrow"
-    save_examples(path, made(), {"lengths": {"rows": 3}})
-    found, facts = load_examples(path, chats())
+    save_examples(path, three_examples(), {"lengths": {"rows": 3}})
+    loaded, facts = load_examples(path, chats())
     assert facts == {"lengths": {"rows": 3}}
-    assert [list(e.labels) for e in found] == [list(e.labels) for e in made()]
-    assert not found.ids.flags.owndata
+    assert [list(e.labels) for e in loaded] == [list(e.labels) for e in three_examples()]
+    assert not loaded.ids.flags.owndata
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # as torch does of numbers that are not writable
-        assert collate([found[1]], [1], 0).input_ids.tolist() == [[6, 7]]
+        assert collate([loaded[1]], [1], 0).input_ids.tolist() == [[6, 7]]
     import datasets
 
     assert datasets.Dataset.from_file(str(path))[1]["input_ids"] == [6, 7]
@@ -132,6 +132,6 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_time(
 ) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")
-    found, _, warnings = encode(tokenizer, monkeypatch, blocked)
-    assert len(found) == 5
+    examples, _, warnings = encode(tokenizer, monkeypatch, blocked)
+    assert len(examples) == 5
     assert "could not be cached" in warnings[0]

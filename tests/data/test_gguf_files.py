@@ -18,11 +18,11 @@ pytest.importorskip("gguf")
 from llmft.data.gguf_parameters import GgufMetadata, apply_metadata, differences
 from llmft.export import gguf
 from tests.conftest import SHARED
-from tests.export.test_gguf import FAMILIES, TEXTS, made
+from tests.export.test_gguf import FAMILIES, TEXTS, random_model
 
 
 def test_a_gguf_file_is_read_back_as_what_it_was_made_from_and_made_again(tmp_path: Path) -> None:
-    source = made(tmp_path / "model", "llama", dtype=torch.float16)
+    source = random_model(tmp_path / "model", "llama", dtype=torch.float16)
     gguf.convert(source, tmp_path / "model.gguf", "f16")
     directory = as_directory(tmp_path / "model.gguf")
     assert as_directory(tmp_path / "model.gguf") == directory
@@ -51,9 +51,9 @@ READ = [family for family in FAMILIES if family not in ("mixtral", "gemma")]
 
 @pytest.mark.parametrize("name", [*READ, *SQUEEZED])
 def test_a_model_computes_what_it_did_before_it_was_a_gguf_file(name: str, tmp_path: Path) -> None:
-    """Heads' sizes, scales and squeezed positions too, which transformers alone does not read."""
+    """Head sizes, scales and scaled positions are read too, which transformers alone does not read."""
     family, more = SQUEEZED.get(name, (name, {}))
-    source = made(tmp_path / "model", family, dtype=torch.float16, exact_norms=True, **more)
+    source = random_model(tmp_path / "model", family, dtype=torch.float16, exact_norms=True, **more)
     gguf.convert(source, tmp_path / "model.gguf", "f16")
     ids = torch.randint(1, 300, (1, 100), generator=torch.Generator().manual_seed(0))
     logits = []
@@ -70,7 +70,7 @@ def test_a_text_has_the_tokens_that_it_had_before(name: str, tmp_path: Path) -> 
     tokenizer = SHARED / "tokenizers" / name
     if not tokenizer.is_dir():
         pytest.skip(f"the tokenizer is not here: {tokenizer}")
-    source = made(tmp_path / "model", "llama", tokenizer, torch.float16)
+    source = random_model(tmp_path / "model", "llama", tokenizer, torch.float16)
     gguf.convert(source, tmp_path / "model.gguf", "f16")
     before, after = (AutoTokenizer.from_pretrained(d) for d in (source, as_directory(tmp_path / "model.gguf")))
     for text in (*TEXTS, " lead", "trail  ", f"one{before.eos_token} two{before.eos_token}three"):
@@ -79,10 +79,10 @@ def test_a_text_has_the_tokens_that_it_had_before(name: str, tmp_path: Path) -> 
 
 
 def test_what_transformers_would_read_wrongly_is_refused(tmp_path: Path) -> None:
-    gguf.convert(made(tmp_path / "experts", "mixtral"), tmp_path / "experts.gguf", "f16")
+    gguf.convert(random_model(tmp_path / "experts", "mixtral"), tmp_path / "experts.gguf", "f16")
     with pytest.raises(ConfigError, match="a mixture of experts"):
         as_directory(tmp_path / "experts.gguf")
-    gguf.convert(made(tmp_path / "model", "llama"), tmp_path / "model.gguf", "f16")
+    gguf.convert(random_model(tmp_path / "model", "llama"), tmp_path / "model.gguf", "f16")
     config = AutoConfig.from_pretrained(tmp_path, gguf_file="model.gguf")
     metadata = GgufMetadata(tmp_path / "model.gguf")
     apply_metadata(config, metadata)

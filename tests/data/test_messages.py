@@ -122,8 +122,8 @@ def test_a_row_beside_whose_messages_there_are_pictures_is_refused() -> None:
 def test_keys_that_nothing_reads_are_counted_and_null_is_no_key() -> None:
     columns = column_map()
     parts = [{"type": "text", "text": "Q", "cache_control": {"type": "x"}, "image_url": None}]
-    asked = {"role": "user", "content": parts, "id": 1, "name": "Bo", "tool_calls": None}
-    columns.conversation(Row({"m": [asked, said(timestamp=3, audio=None)]}, "f:1"))
+    question = {"role": "user", "content": parts, "id": 1, "name": "Bo", "tool_calls": None}
+    columns.conversation(Row({"m": [question, said(timestamp=3, audio=None)]}, "f:1"))
     assert dict(columns.keys.unused) == {"id": 1, "name": 1, "timestamp": 1, "content.cache_control": 1}
     assert dict(columns.keys.read) == {"role": 2, "content": 2, "content.text": 1}
 

@@ -1,4 +1,4 @@
-"""Duplicates and leaks are counted as a comparison of every pair of rows counts them."""
+"""Duplicates and leaks are counted as in a comparison of every pair of rows."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def split(name: str, *rows: tuple[str, str]) -> list[Conversation]:
     return [row(prompt, answer, f"{name}:{line}") for line, (prompt, answer) in enumerate(rows, start=1)]
 
 
-def between(found: list[Overlap], first: str, second: str) -> Overlap:
-    (one,) = [overlap for overlap in found if (overlap.first, overlap.second) == (first, second)]
+def between(overlaps: list[Overlap], first: str, second: str) -> Overlap:
+    (one,) = [overlap for overlap in overlaps if (overlap.first, overlap.second) == (first, second)]
     return one
 
 
@@ -37,10 +37,10 @@ def test_every_kind_of_copy_is_counted_once_and_shown_with_its_places() -> None:
         "validation": split("b", ("Who? ", " Ann\n"), ("Where?", "There"), (LONG + " more", "yes"), ("who?", "ann")),
         "test": split("c", ("What?", "That")),
     }
-    found = find_overlaps(splits)
+    overlaps = find_overlaps(splits)
     pairs = [("train", "train"), ("train", "validation"), ("train", "test"), ("validation", "test")]
-    assert [(overlap.first, overlap.second) for overlap in found] == pairs
-    within, leak, *none = found
+    assert [(overlap.first, overlap.second) for overlap in overlaps] == pairs
+    within, leak, *none = overlaps
     assert (within.exact, within.exact_prompts, within.near, within.looked_at) == (1, 2, 0, 5)
     assert within.examples == [("a:1", "a:4"), ("a:1", "a:5")]
     # "who? ann" differs in case only: no exact copy, but near.
@@ -52,8 +52,8 @@ def test_every_kind_of_copy_is_counted_once_and_shown_with_its_places() -> None:
 
 
 def test_near_duplicates_are_not_looked_for_when_not_asked_for() -> None:
-    found = find_overlaps({"train": split("a", (LONG, "x"), (LONG + " y", "x"))}, near=False)
-    assert found == [Overlap("train", "train", 0, 0, None, 0, [])]
+    overlaps = find_overlaps({"train": split("a", (LONG, "x"), (LONG + " y", "x"))}, near=False)
+    assert overlaps == [Overlap("train", "train", 0, 0, None, 0, [])]
 
 
 def test_empty_splits_and_empty_texts_have_nothing_in_common() -> None:
@@ -72,7 +72,7 @@ def test_a_text_with_another_class_is_the_same_prompt_and_no_copy() -> None:
 def test_the_prompt_of_a_conversation_is_all_before_its_last_answer_and_inputs_count() -> None:
     def chat(*texts: str, extra: str = "") -> Conversation:
         roles = ("user", "assistant")
-        messages = [{"role": roles[place % 2], "content": text} for place, text in enumerate(texts)]
+        messages = [{"role": roles[position % 2], "content": text} for position, text in enumerate(texts)]
         messages[0] |= {"input": extra} if extra else {}
         return Conversation(messages, "f:1")
 
@@ -85,10 +85,10 @@ def test_the_prompt_of_a_conversation_is_all_before_its_last_answer_and_inputs_c
 
 
 def test_a_shared_system_message_makes_no_near_duplicates() -> None:
-    def told(text: str) -> Conversation:
+    def conversation(text: str) -> Conversation:
         return Conversation([{"role": "system", "content": LONG}, {"role": "user", "content": text}], "f:1")
 
-    (within,) = find_overlaps({"train": [told("one two three four"), told("five six seven eight")]})
+    (within,) = find_overlaps({"train": [conversation("one two three four"), conversation("five six seven eight")]})
     assert within.near == 0
 
 
@@ -106,8 +106,8 @@ def test_words_are_lower_case_and_marks_stand_alone() -> None:
 
 
 def runs(text: str) -> set[tuple[str, ...]]:
-    found = text.lower().split()
-    return {tuple(found[start : start + 3]) for start in range(len(found) - 2)}
+    words_of_text = text.lower().split()
+    return {tuple(words_of_text[start : start + 3]) for start in range(len(words_of_text) - 2)}
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -127,38 +127,38 @@ def test_near_duplicates_are_those_of_brute_force(seed: int, threshold: float) -
         changed.append(copy)
     train = [row(" ".join(words)) for words in [*originals, *(text() for _ in range(100))]]
     validation = [row(" ".join(words)) for words in changed]
-    found = find_overlaps({"train": train, "validation": validation}, threshold=threshold)
+    overlaps = find_overlaps({"train": train, "validation": validation}, threshold=threshold)
 
     def expected(first: list[Conversation], second: list[Conversation], within: bool) -> int:
         near = 0
         sets = [runs(one.messages[0]["content"]) for one in first]
-        for place, two in enumerate(second):
+        for index, two in enumerate(second):
             mine = runs(two.messages[0]["content"])
-            shares = [len(mine & its) / len(mine | its) for its in (sets[:place] if within else sets)]
+            shares = [len(mine & its) / len(mine | its) for its in (sets[:index] if within else sets)]
             near += any(share >= threshold for share in shares) and 1.0 not in shares
         return near
 
-    assert between(found, "train", "train").near == expected(train, train, True) == 0
-    leak = between(found, "train", "validation")
+    assert between(overlaps, "train", "train").near == expected(train, train, True) == 0
+    leak = between(overlaps, "train", "validation")
     truth = expected(train, validation, False)
     assert truth > 0
-    assert 0.97 * truth - 1 <= leak.near <= truth  # none in error, few missed
+    assert 0.97 * truth - 1 <= leak.near <= truth  # no false ones, few missed
     alone = find_overlaps({"train": validation}, threshold=threshold)[0]
     assert alone.near <= expected(validation, validation, True)
 
 
 def test_of_a_large_split_a_sample_is_looked_at_the_same_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmft.data.overlap.MAX_ROWS", 50)
-    texts = [" ".join(f"w{(number * 31 + place) % 997}" for place in range(30)) for number in range(200)]
+    texts = [" ".join(f"w{(number * 31 + position) % 997}" for position in range(30)) for number in range(200)]
     splits = {
         "train": [row(text, where=f"a:{number}") for number, text in enumerate(texts)],
         "validation": [row(text + " more", where=f"b:{number}") for number, text in enumerate(texts)],
     }
-    found = find_overlaps(splits)
-    leak = between(found, "train", "validation")
+    overlaps = find_overlaps(splits)
+    leak = between(overlaps, "train", "validation")
     assert (leak.near, leak.looked_at) == (50, 50)
     assert leak.examples != [(f"a:{number}", f"b:{number}") for number in range(5)]
-    assert find_overlaps(splits) == found
+    assert find_overlaps(splits) == overlaps
 
 
 def test_near_duplicates_are_found_among_many_rows_of_one_template(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,9 +170,9 @@ def test_near_duplicates_are_found_among_many_rows_of_one_template(monkeypatch: 
     monkeypatch.setattr("llmft.data.overlap.MAX_IN_BUCKET", 10)
     originals = [text() for _ in range(600)]
     leaked = [row(f"{original} more") for original in originals[-100:]]
-    found = find_overlaps({"train": [row(one) for one in originals], "validation": leaked})
-    assert between(found, "train", "train").near == 0
-    assert (between(found, "train", "validation").near or 0) >= 98
+    overlaps = find_overlaps({"train": [row(one) for one in originals], "validation": leaked})
+    assert between(overlaps, "train", "train").near == 0
+    assert (between(overlaps, "train", "validation").near or 0) >= 98
 
 
 def test_rows_that_are_all_alike_do_not_take_for_ever() -> None:
@@ -206,6 +206,6 @@ def test_a_random_split_of_seven_answers_to_a_question_leaks_its_prompts(shared_
     assert leak.near > 0
     assert len(leak.examples) == 5
     grouped = sorted(rows, key=lambda one: one.messages[0]["content"])
-    start = next(place for place in range(500, 600) if grouped[place].messages[0] != grouped[place - 1].messages[0])
-    apart = between(find_overlaps({"train": grouped[start:], "validation": grouped[:start]}), "train", "validation")
-    assert (apart.exact, apart.exact_prompts) == (0, 0)
+    start = next(index for index in range(500, 600) if grouped[index].messages[0] != grouped[index - 1].messages[0])
+    overlap = between(find_overlaps({"train": grouped[start:], "validation": grouped[:start]}), "train", "validation")
+    assert (overlap.exact, overlap.exact_prompts) == (0, 0)

@@ -1,4 +1,4 @@
-"""Rows in which people compared answers: every form of them, and what is refused."""
+"""Rows of compared answers: every accepted form, and what is refused."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ def turn(text: str) -> dict[str, str]:
     ],
 )  # fmt: skip
 def test_every_form_of_a_pair_is_the_same_row(columns: dict[str, Any], values: dict[str, Any]) -> None:
-    made = read(PAIRS, columns, values)
-    assert [message["content"] for message in made.messages] == ["Q", "good"]
-    assert made.comparison is not None
-    assert made.comparison.others == ("bad",)
-    assert made.comparison.pairs == [(0, 1)]
+    conversation = read(PAIRS, columns, values)
+    assert [message["content"] for message in conversation.messages] == ["Q", "good"]
+    assert conversation.comparison is not None
+    assert conversation.comparison.others == ("bad",)
+    assert conversation.comparison.pairs == [(0, 1)]
 
 
 def test_a_compared_answer_may_be_silence_and_a_label_a_number_of_a_column_with_gaps() -> None:
@@ -76,10 +76,10 @@ def test_a_compared_answer_may_be_silence_and_a_label_a_number_of_a_column_with_
 
 def test_candidates_of_one_score_are_not_compared() -> None:
     columns = {"prompt": "p", "candidates": "a", "scores": "s"}
-    made = read(PAIRS, columns, {"p": "Q", "a": ["x", "y", "z"], "s": [1, 3, 1]})
-    assert made.comparison is not None
-    assert made.messages[-1]["content"] == "y"
-    assert made.comparison.pairs == [(0, 1), (0, 2)]
+    conversation = read(PAIRS, columns, {"p": "Q", "a": ["x", "y", "z"], "s": [1, 3, 1]})
+    assert conversation.comparison is not None
+    assert conversation.messages[-1]["content"] == "y"
+    assert conversation.comparison.pairs == [(0, 1), (0, 2)]
 
 
 def test_a_degree_gives_the_margin_whatever_its_case_and_a_column_may_give_it_too() -> None:
@@ -87,16 +87,16 @@ def test_a_degree_gives_the_margin_whatever_its_case_and_a_column_may_give_it_to
     graded = read(GRADED, {**PROMPTED, "degree": "d"}, values)
     assert graded.comparison is not None
     assert (graded.comparison.degree, graded.comparison.margin) == (1, pytest.approx(2 / 3))
-    own = read(PAIRS, {**PROMPTED, "margin": "m"}, values)
-    assert own.comparison is not None
-    assert own.comparison.margin == 0.7
+    from_column = read(PAIRS, {**PROMPTED, "margin": "m"}, values)
+    assert from_column.comparison is not None
+    assert from_column.comparison.margin == 0.7
     custom = read(GRADED, {**PROMPTED, "degree": "d"}, {**values, "d": "meh"}, degrees=["clear", "meh"])
     assert custom.comparison is not None
     assert custom.comparison.margin == 0.0
 
 
 @pytest.mark.parametrize(
-    ("task", "columns", "values", "told"),
+    ("task", "columns", "values", "message"),
     [
         (PAIRS, PROMPTED, {"p": "Q", "c": "same", "r": " same"}, "answers 1 and 2 are equal"),
         (PAIRS, PROMPTED, {"p": "Q", "c": [USER, turn("a")], "r": [{**USER, "content": "W"}, turn("b")]},
@@ -122,14 +122,14 @@ def test_a_degree_gives_the_margin_whatever_its_case_and_a_column_may_give_it_to
     ],
 )  # fmt: skip
 def test_a_row_that_says_nothing_is_refused_by_name(
-    task: TaskConfig, columns: dict[str, str], values: dict[str, Any], told: str
+    task: TaskConfig, columns: dict[str, str], values: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         read(task, columns, values)
 
 
 @pytest.mark.parametrize(
-    ("task", "columns", "told"),
+    ("task", "columns", "message"),
     [
         (PAIRS, {"prompt": "p", "chosen": "c"}, "needs data.columns.rejected"),
         (PAIRS, {"prompt": "p", "candidates": "c"}, "needs data.columns.scores"),
@@ -138,16 +138,18 @@ def test_a_row_that_says_nothing_is_refused_by_name(
         (TEXT, {"prompt": "p", "candidates": "c", "scores": "r"}, "would not be used"),
     ],
 )
-def test_columns_that_do_not_go_with_the_task_are_refused(task: TaskConfig, columns: dict[str, str], told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_columns_that_do_not_go_with_the_task_are_refused(
+    task: TaskConfig, columns: dict[str, str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
         read(task, columns, dict.fromkeys("pcrl", "x"))
 
 
 def test_labels_mark_single_answers() -> None:
     for text, good in (("true", True), (1, True), (False, False), ("undesirable", False)):
-        made = read(LABELS, {"prompt": "p", "response": "r", "label": "l"}, {"p": "Q", "r": "a", "l": text})
-        assert made.comparison is not None
-        assert made.comparison.desirable is good
+        conversation = read(LABELS, {"prompt": "p", "response": "r", "label": "l"}, {"p": "Q", "r": "a", "l": text})
+        assert conversation.comparison is not None
+        assert conversation.comparison.desirable is good
 
 
 def test_contradictions_are_found() -> None:
@@ -192,11 +194,11 @@ def test_rows_of_one_prompt_stay_on_one_side_and_an_answer_is_never_cut(tmp_path
         for example in examples:
             assert example.segments is not None
             assert example.conversation.comparison is not None
-            prompt, *own = np.bincount(example.segments).tolist()
-            assert prompt + max(own) <= 64
+            prompt, *answers = np.bincount(example.segments).tolist()
+            assert prompt + max(answers) <= 64
             texts = [str(example.conversation.messages[-1]["content"]), *example.conversation.comparison.others]
-            for place, text in enumerate(texts, start=1):
-                ids = [int(t) for t, s in zip(example.input_ids, example.segments, strict=True) if s == place]
+            for segment, text in enumerate(texts, start=1):
+                ids = [int(t) for t, s in zip(example.input_ids, example.segments, strict=True) if s == segment]
                 decoded = encoded.tokenizer.decode(ids)
                 assert text.strip() in decoded
                 assert ids[-1] in encoded.ends.ids
@@ -226,7 +228,7 @@ def test_a_prompt_whose_end_joins_an_answer_has_its_own_tokens_before_both(tmp_p
 
 def test_margins_and_degrees_that_nothing_would_use_are_refused(tmp_path: Path) -> None:
     file = pairs_file(tmp_path / "rows.jsonl", [{"prompt": "Q", "chosen": "a", "rejected": "b", "degree": "better"}])
-    for overrides, told in (
+    for overrides, message in (
         (["task.margin=small"], "data.columns.degree"),
         (["task.margin={better: 1}", "data.columns.degree=degree"], "give each of data.degrees"),
         (["task.margin=smal"], "did you mean small"),
@@ -234,5 +236,5 @@ def test_margins_and_degrees_that_nothing_would_use_are_refused(tmp_path: Path) 
         (["data.degrees=[one]"], "two different names"),
         (["task.label_smoothing=0.6"], "below 0.5"),
     ):
-        with pytest.raises((ConfigError, DataError), match=told):
+        with pytest.raises((ConfigError, DataError), match=message):
             compose("task=dpo", "data=preference", file, *overrides)

@@ -54,9 +54,9 @@ LITERAL = {
     "USER: Q1 ASSISTANT: A1</s>USER: Q2 ASSISTANT:",
     "zephyr": "<|user|>\nQ1</s>\n<|assistant|>\nA1</s>\n<|user|>\nQ2</s>\n<|assistant|>\n",
 }
-# Formats of our own, which no source can be compared with.
+# Formats that we defined, for which there is no published reference.
 OURS = {"alpaca_short"}
-# What a model must write after an answer, and before it where the first token carries a space.
+# The text that a model must write after an answer, and before it where the first token includes a space.
 END = dict.fromkeys(FORMATS, "</s>") | {
     "chatml": "<|im_end|>",
     "gemma": "<end_of_turn>",
@@ -151,12 +151,12 @@ def test_spans_are_answers_with_end_markers_and_nothing_else(name):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_span_begins_where_generation_begins(name):
-    """What the model sees before an answer in training is what it sees when it is asked for one."""
+    """The text before an answer is the same in training and in generation."""
     form = prompt(name)
     full = form.render(CHAT)
     for turn, (start, _) in enumerate(full.spans):
-        asked = form.render(CHAT[: 2 * turn + 1], add_generation_prompt=True)
-        assert asked.text == full.text[:start]
+        question = form.render(CHAT[: 2 * turn + 1], add_generation_prompt=True)
+        assert question.text == full.text[:start]
 
 
 @pytest.mark.parametrize("name", FORMATS)

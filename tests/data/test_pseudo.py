@@ -1,4 +1,4 @@
-"""Pseudo-labels: floor, cap and weight, and never a row that is held out."""
+"""Pseudo-labels: minimum confidence, cap and weight, and never a held-out row."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def files(tmp_path: Path) -> Path:
 
 
 def prepared(files: Path, *overrides: str) -> RunInputs:
-    own = ["task=classification", "model=tfidf", "data=predict_llm", f"data.files={files}/train.csv"]
-    config = compose(*own, f"data.pseudo={files}/predicted", f"output_dir={files}", *overrides)
+    arguments = ["task=classification", "model=tfidf", "data=predict_llm", f"data.files={files}/train.csv"]
+    config = compose(*arguments, f"data.pseudo={files}/predicted", f"output_dir={files}", *overrides)
     return prepare(config, open_directory=False)
 
 
@@ -58,17 +58,17 @@ def test_no_pseudo_row_shares_content_or_group_with_a_held_out_row(files: Path, 
         check_apart(prepare(of_fold, open_directory=False))
 
 
-def check_apart(made: RunInputs) -> None:
-    held = made.conversations["validation"]
-    pseudo = made.pseudo.conversations
-    assert not {prompt_content(row) for row in held} & {prompt_content(row) for row in pseudo}
-    assert not {row.group for row in held} & {row.group for row in pseudo}
-    # Of each held-out question: the row itself and the one with a new answer.
-    assert made.pseudo.held_out == 2 * len({row.group for row in held})
-    contents = [prompt_content(row) for row in made.conversations["train"]]
+def check_apart(inputs: RunInputs) -> None:
+    validation = inputs.conversations["validation"]
+    pseudo = inputs.pseudo.conversations
+    assert not {prompt_content(row) for row in validation} & {prompt_content(row) for row in pseudo}
+    assert not {row.group for row in validation} & {row.group for row in pseudo}
+    # Two of each held-out question: the row itself and the one with a new answer.
+    assert inputs.pseudo.held_out == 2 * len({row.group for row in validation})
+    contents = [prompt_content(row) for row in inputs.conversations["train"]]
     assert len(set(contents)) == len(contents)
-    assert made.pseudo.offered == 4 * QUESTIONS
-    counts = made.pseudo
+    assert inputs.pseudo.offered == 4 * QUESTIONS
+    counts = inputs.pseudo
     assert counts.used + counts.held_out + counts.repeated + counts.unsure + counts.over_cap == counts.offered
     assert len(pseudo) == counts.used > 0
 
@@ -82,16 +82,18 @@ def test_the_floor_keeps_sure_rows_and_the_cap_the_surest_of_each_class(files: P
     capped = prepared(files, "data.pseudo_max_per_class=3")
     assert capped.pseudo.classes == {"a": 3, "b": 3}
     for target in (0, 1):
-        own = sorted((values[r.id[7:]] for r in everything.pseudo.conversations if r.target == target), reverse=True)
-        kept = sorted((values[r.id[7:]] for r in capped.pseudo.conversations if r.target == target), reverse=True)
-        assert kept == own[:3]
+        before, after = (
+            sorted((values[r.id[7:]] for r in inputs.pseudo.conversations if r.target == target), reverse=True)
+            for inputs in (everything, capped)
+        )
+        assert after == before[:3]
 
 
 def test_the_weight_is_the_rows_share_of_the_loss_and_all_of_it_is_in_the_key(files: Path) -> None:
-    made = prepared(files, "data.pseudo_weight=0.25")
-    weights = {row.id.startswith("pseudo:"): row.weight for row in made.conversations["train"]}
+    inputs = prepared(files, "data.pseudo_weight=0.25")
+    weights = {row.id.startswith("pseudo:"): row.weight for row in inputs.conversations["train"]}
     assert weights == {False: 1.0, True: 0.25}
-    assert weight_of(Example([1, 2], [-100, -100], made.pseudo.conversations[0])) == 0.25
+    assert weight_of(Example([1, 2], [-100, -100], inputs.pseudo.conversations[0])) == 0.25
     keys = {
         prepared(files, *more).run.key for more in ([], ["data.pseudo_weight=0.25"], ["data.pseudo_min_confidence=0.9"])
     }
@@ -114,8 +116,8 @@ def test_a_file_of_rows_with_targets_is_taken_too(files: Path) -> None:
     rows += [[f"More {n}", f"text {n}", "ab"[n % 2], 0.5 + n / 20] for n in range(10)]
     with (files / "more.csv").open("w", newline="") as file:
         csv.writer(file).writerows(rows)
-    made = prepared(files, f"data.pseudo={files}/more.csv", "data.pseudo_min_confidence=0.75")
-    assert made.pseudo.used == 5
+    inputs = prepared(files, f"data.pseudo={files}/more.csv", "data.pseudo_min_confidence=0.75")
+    assert inputs.pseudo.used == 5
 
 
 def test_a_confidence_that_is_no_probability_and_rows_that_are_not_asked_for_are_refused(files: Path) -> None:

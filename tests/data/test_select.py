@@ -1,4 +1,4 @@
-"""Laws of rows that are chosen and dealt."""
+"""Properties of row selection and of folds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llmft.data.select import assign_folds, diverse
 
 
 def planted(sizes: list[int]) -> tuple[list[str], list[int]]:
-    """Texts of several topics, each with words of its own, and the topic of each text."""
+    """Texts of several topics, each with its own vocabulary, and the topic of each text."""
     rng = random.Random(0)
     topics = [topic for topic, size in enumerate(sizes) for _ in range(size)]
     texts = [" ".join(f"topic{topic}word{rng.randrange(30)}" for _ in range(20)) for topic in topics]
@@ -95,7 +95,7 @@ def test_a_permutation_of_rows_permutes_their_folds_alike(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_copies_and_groups_are_never_split(seed: int) -> None:
     keys, targets, _ = random_rows(seed)
-    number = {key: place for place, key in enumerate(sorted(set(keys)))}
+    number = {key: index for index, key in enumerate(sorted(set(keys)))}
     groups = [f"group {number[key] // 3}" for key in keys]
     for named in ({}, {"targets": targets}, {"groups": groups}, {"targets": targets, "groups": groups}):
         folds = assign_folds(keys, 5, seed, **named)
@@ -145,8 +145,8 @@ def test_groups_are_stratified_as_well_as_by_scikit_learn() -> None:
         )
         folds = np.zeros(200, dtype=int)
         splitter = StratifiedGroupKFold(4, shuffle=True, random_state=seed)
-        for fold, (_, held) in enumerate(splitter.split(np.zeros(200), targets, groups)):
-            folds[held] = fold
+        for fold, (_, held_out) in enumerate(splitter.split(np.zeros(200), targets, groups)):
+            folds[held_out] = fold
         theirs.append(imbalance(folds.tolist(), targets))
     assert np.mean(mine) <= 1.1 * np.mean(theirs)
 

@@ -1,4 +1,4 @@
-"""What is trained is what serving sees: ids and text before an answer, the answer, and what ends it."""
+"""Training sees the same as serving: ids and text before an answer, the answer, and its end."""
 
 from __future__ import annotations
 
@@ -52,28 +52,28 @@ def native(template: str, tokenizer: Any, **data: Any) -> Encoder:
 
 
 def answers(encoder: Encoder, conversation: Conversation) -> list[tuple[list[int], list[int]]]:
-    """The ids before each learned answer, and its own."""
-    made = []
+    """(ids before, ids of the answer) for each learned answer."""
+    pairs = []
     for example in encoder.encode("train", [conversation], BadRows()):
         labels = [int(label) for label in example.labels]
         ids = [int(token) for token in example.input_ids]
         starts = [n for n in range(1, len(labels)) if labels[n] != IGNORE and labels[n - 1] == IGNORE]
         for start in starts:
             stop = next((n for n in range(start, len(labels)) if labels[n] == IGNORE), len(labels))
-            made.append((ids[:start], ids[start:stop]))
-    return made
+            pairs.append((ids[:start], ids[start:stop]))
+    return pairs
 
 
 def check_law(encoder: Encoder, messages: list[dict[str, Any]]) -> None:
     backend = encoder.tokenizer.backend_tokenizer
-    places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
-    found = answers(encoder, Conversation(messages, "f:1"))
-    assert len(found) == len(places)
-    for place, (before, ids) in zip(places, found, strict=True):
-        prompt = encoder.prompt.render(messages[:place], add_generation_prompt=True).text
-        assert before == backend.encode(prompt, add_special_tokens=False).ids, (prompt, messages[place])
+    places = [position for position, message in enumerate(messages) if message["role"] == "assistant"]
+    pairs = answers(encoder, Conversation(messages, "f:1"))
+    assert len(pairs) == len(places)
+    for position, (before, ids) in zip(places, pairs, strict=True):
+        prompt = encoder.prompt.render(messages[:position], add_generation_prompt=True).text
+        assert before == backend.encode(prompt, add_special_tokens=False).ids, (prompt, messages[position])
         text = encoder.tokenizer.decode(ids, skip_special_tokens=False)
-        assert "".join(messages[place]["content"].split()) in "".join(text.split())
+        assert "".join(messages[position]["content"].split()) in "".join(text.split())
         assert encoder.ends.trained(ids), text
 
 
@@ -169,9 +169,9 @@ RESULT = {"role": "tool", "content": "sunny", "tool_call_id": "c1"}
 
 
 def texts(encoder: Encoder, *messages: dict[str, Any], tools: Any = None) -> list[str]:
-    """What is learned of a row, answer by answer."""
-    found = answers(encoder, Conversation(list(messages), "f:1", tools=tools))
-    return [encoder.tokenizer.decode(ids, skip_special_tokens=False) for _, ids in found]
+    """The learned text of a row, answer by answer."""
+    pairs = answers(encoder, Conversation(list(messages), "f:1", tools=tools))
+    return [encoder.tokenizer.decode(ids, skip_special_tokens=False) for _, ids in pairs]
 
 
 @pytest.mark.parametrize("template", [QWEN3, PHI, DEEPSEEK, LLAMA])
@@ -260,8 +260,8 @@ def test_a_limit_cuts_the_users_own_text_wherever_it_also_stands(tiny: Any) -> N
     question = " ".join(f"word{n}" for n in range(40))
     system = {"role": "system", "content": f"Rules: {question} End of rules."}
     row = Conversation([system, user(question), answer("A")], "f:1")
-    (whole,) = of_yaml("chatml", tiny).encode("train", [row], BadRows())
-    limit = len(whole.input_ids) - 20
+    (uncut,) = of_yaml("chatml", tiny).encode("train", [row], BadRows())
+    limit = len(uncut.input_ids) - 20
     encoder = of_yaml("chatml", tiny, max_tokens=limit, truncation=Truncation.cut_prompt_left)
     (example,) = encoder.encode("train", [row], BadRows())
     text = tiny.decode(example.input_ids)

@@ -1,4 +1,4 @@
-"""Reading: rows are what the file says, and what is wrong is named by file and line."""
+"""Reading: rows equal the file's contents, and errors name file and line."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from llmft.data.sources import load_rows, read_files
 
 def rows(path: Path, policy: BadRow = BadRow.error) -> tuple[list[dict], list[str], BadRows]:
     problems = BadRows(policy)
-    found = list(read(path, path.read_bytes(), problems))
-    return [row.values for row in found], [row.where.rpartition("/")[2] for row in found], problems
+    values = list(read(path, path.read_bytes(), problems))
+    return [row.values for row in values], [row.where.rpartition("/")[2] for row in values], problems
 
 
 def test_all_formats_give_the_same_rows(tmp_path: Path) -> None:
-    wanted = [{"q": "a", "r": "x, y"}, {"q": "b\nc", "r": "ü"}]
-    (tmp_path / "a.jsonl").write_text("\n\n".join(json.dumps(row) for row in wanted) + "\n")
-    (tmp_path / "a.json").write_text(json.dumps(wanted, indent=2))
+    expected = [{"q": "a", "r": "x, y"}, {"q": "b\nc", "r": "ü"}]
+    (tmp_path / "a.jsonl").write_text("\n\n".join(json.dumps(row) for row in expected) + "\n")
+    (tmp_path / "a.json").write_text(json.dumps(expected, indent=2))
     (tmp_path / "a.csv").write_text('q,r\na,"x, y"\n"b\nc",ü\n')
     (tmp_path / "a.tsv").write_text('q\tr\na\tx, y\n"b\nc"\tü\n')
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
     import pyarrow
     import pyarrow.parquet
 
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(wanted), tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(expected), tmp_path / "a.parquet")
     for name in ("a.jsonl", "a.json", "a.csv", "a.tsv", "a.jsonl.gz", "a.parquet"):
-        assert rows(tmp_path / name)[0] == wanted, name
+        assert rows(tmp_path / name)[0] == expected, name
     assert rows(tmp_path / "a.jsonl")[1] == ["a.jsonl:1", "a.jsonl:3"]
     assert rows(tmp_path / "a.json")[1] == ["a.json:2", "a.json:6"]
     assert rows(tmp_path / "a.csv")[1] == ["a.csv:2", "a.csv:3"]
@@ -72,11 +72,11 @@ def test_a_broken_row_is_named_by_file_and_line(tmp_path: Path, name: str) -> No
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_row_is_skipped_and_counted_on_request(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(BROKEN[name][0])
-    found, _, problems = rows(tmp_path / name, BadRow.skip)
+    values, _, problems = rows(tmp_path / name, BadRow.skip)
     assert len(problems.rejected) == 1
     assert problems.rejected[0]["where"].endswith(BROKEN[name][1].partition(": ")[0])
-    assert found
-    assert found[0]["a"] == "1"
+    assert values
+    assert values[0]["a"] == "1"
 
 
 @pytest.mark.parametrize(
@@ -129,11 +129,12 @@ def test_the_fingerprint_is_of_the_content_alone(tmp_path: Path) -> None:
 def test_globs_lists_and_given_splits(tmp_path: Path) -> None:
     for name in "abc":
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"t": name}) + "\n")
-    found = load_rows(config(files=str(tmp_path / "*.jsonl")), BadRows())
-    assert [row.values["t"] for row in found.splits["train"]] == ["a", "b", "c"]
-    given = Files(train=[str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")], validation=str(tmp_path / "c.jsonl"))
-    found = load_rows(config(split_files=given), BadRows())
-    assert {split: len(part) for split, part in found.splits.items()} == {"train": 2, "validation": 1}
+    loaded = load_rows(config(files=str(tmp_path / "*.jsonl")), BadRows())
+    assert [row.values["t"] for row in loaded.splits["train"]] == ["a", "b", "c"]
+    a, b, c = (str(tmp_path / f"{name}.jsonl") for name in "abc")
+    split_files = Files(train=[a, b], validation=c)
+    loaded = load_rows(config(split_files=split_files), BadRows())
+    assert {split: len(part) for split, part in loaded.splits.items()} == {"train": 2, "validation": 1}
 
 
 def test_a_missing_or_empty_file_says_so(tmp_path: Path) -> None:
@@ -169,29 +170,29 @@ def test_compressed_files_and_directories_of_datasets_are_read(tmp_path: Path) -
 
     import datasets
 
-    wanted = [{"t": "a"}, {"t": "ü"}]
-    content = "".join(json.dumps(row) + "\n" for row in wanted).encode()
+    expected = [{"t": "a"}, {"t": "ü"}]
+    content = "".join(json.dumps(row) + "\n" for row in expected).encode()
     (tmp_path / "a.jsonl.bz2").write_bytes(bz2.compress(content))
     (tmp_path / "a.jsonl.xz").write_bytes(lzma.compress(content))
-    datasets.Dataset.from_list(wanted).save_to_disk(tmp_path / "arrow")
+    datasets.Dataset.from_list(expected).save_to_disk(tmp_path / "arrow")
     for name in ("a.jsonl.bz2", "a.jsonl.xz", "arrow"):
-        found = load_rows(config(files=str(tmp_path / name)), BadRows())
-        assert [row.values for row in found.splits["train"]] == wanted, name
+        loaded = load_rows(config(files=str(tmp_path / name)), BadRows())
+        assert [row.values for row in loaded.splits["train"]] == expected, name
 
 
 def test_a_very_long_line_is_read_or_named(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"t": "x" * 10_000_000}) + "\n" + '{"t": "' + "y" * 10_000_000)
-    found, _, problems = rows(path, BadRow.skip)
-    assert len(found) == 1
+    values, _, problems = rows(path, BadRow.skip)
+    assert len(values) == 1
     assert problems.rejected[0]["where"].endswith("a.jsonl:2")
     assert len(problems.rejected[0]["reason"]) < 200
 
 
 def test_a_local_file_comes_before_the_hub(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"t": "a"}\n')
-    found = load_rows(config(hub="some/dataset", files=str(tmp_path / "a.jsonl")), BadRows())
-    assert len(found.splits["train"]) == 1
+    loaded = load_rows(config(hub="some/dataset", files=str(tmp_path / "a.jsonl")), BadRows())
+    assert len(loaded.splits["train"]) == 1
 
 
 def test_a_hub_dataset_that_is_not_cached_says_so_at_once_offline() -> None:
@@ -207,13 +208,13 @@ def test_a_hub_dataset_that_was_read_before_is_read_from_its_cache(
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "a.jsonl").write_text('{"t": "a"}\n{"t": "b"}\n')
-    made = Json(str(tmp_path / "cache"), "rows", hash="1234", data_files={"train": [str(tmp_path / "a.jsonl")]})
-    made.download_and_prepare()
+    builder = Json(str(tmp_path / "cache"), "rows", hash="1234", data_files={"train": [str(tmp_path / "a.jsonl")]})
+    builder.download_and_prepare()
     of_the_hub = tmp_path / "cache" / "somebody___rows" / "default" / "0.0.0" / "1234"
     of_the_hub.parent.mkdir(parents=True)
-    Path(made.cache_dir).rename(of_the_hub)
-    found = load_rows(config(hub="somebody/rows"), BadRows())
-    assert [row.values for row in found.splits["train"]] == [{"t": "a"}, {"t": "b"}]
+    Path(builder.cache_dir).rename(of_the_hub)
+    loaded = load_rows(config(hub="somebody/rows"), BadRows())
+    assert [row.values for row in loaded.splits["train"]] == [{"t": "a"}, {"t": "b"}]
 
 
 def wheres(path: Path) -> list[str]:
@@ -233,9 +234,9 @@ def test_rows_of_files_with_one_name_have_names_that_no_machine_changes(tmp_path
             path.parent.mkdir(parents=True)
             path.write_text(f"t\n{folder}\n")
             paths.append(str(path))
-        found = read_files(paths, "data.files", BadRows()).rows
-        assert [row.id for row in found] == ["one/train.csv:2", "two/three/train.csv:2"]
-        assert [row.where for row in found] == [f"{path}:2" for path in paths]
+        loaded_rows = read_files(paths, "data.files", BadRows()).rows
+        assert [row.id for row in loaded_rows] == ["one/train.csv:2", "two/three/train.csv:2"]
+        assert [row.where for row in loaded_rows] == [f"{path}:2" for path in paths]
     assert [row.id for row in read_files(paths[:1], "data.files", BadRows()).rows] == ["train.csv:2"]
     with pytest.raises(ConfigError, match=r"data\.files: .*train\.csv is named twice"):
         read_files([paths[0], str(Path(paths[0]).parent / ".." / "one" / "*.csv")], "data.files", BadRows())
@@ -245,8 +246,8 @@ def test_files_are_the_training_rows_beside_split_files(tmp_path: Path) -> None:
     for name in "abc":
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"t": name}) + "\n")
     a, b, c = (str(tmp_path / f"{name}.jsonl") for name in "abc")
-    found = load_rows(config(files=a, split_files=Files(validation=b, test=c)), BadRows())
-    assert {split: [row.values["t"] for row in part] for split, part in found.splits.items()} == {
+    loaded = load_rows(config(files=a, split_files=Files(validation=b, test=c)), BadRows())
+    assert {split: [row.values["t"] for row in part] for split, part in loaded.splits.items()} == {
         "train": ["a"],
         "validation": ["b"],
         "test": ["c"],
@@ -320,18 +321,18 @@ def test_values_of_any_arrow_type_are_read(tmp_path: Path) -> None:
     assert "timestamp" in str(first["far"])
     assert second["exact"] == "1970-01-01 00:00:00.000000002"
     assert "timestamp" in str(first["mars"])
-    found = load_rows(config(files=str(path)), BadRows()).splits["train"]
-    assert [row.id for row in found] == ["a.parquet:row 1", "a.parquet:row 2"]
+    loaded_rows = load_rows(config(files=str(path)), BadRows()).splits["train"]
+    assert [row.id for row in loaded_rows] == ["a.parquet:row 1", "a.parquet:row 2"]
 
 
 def test_a_damaged_parquet_file_is_one_sentence(tmp_path: Path) -> None:
     import random
 
-    whole = table(tmp_path / "a.parquet", q=[f"question {n} " * 10 for n in range(500)]).read_bytes()
+    whole_file = table(tmp_path / "a.parquet", q=[f"question {n} " * 10 for n in range(500)]).read_bytes()
     damage = random.Random(0)
     path, refused = tmp_path / "b.parquet", 0
     for _ in range(60):
-        content = bytearray(whole)
+        content = bytearray(whole_file)
         for _ in range(20):
             content[damage.randrange(len(content))] = damage.randrange(256)
         path.write_bytes(content[: damage.choice([len(content), damage.randrange(len(content))])])
@@ -370,17 +371,17 @@ def test_the_names_of_classes_are_kept(tmp_path: Path) -> None:
     labelled().to_parquet(tmp_path / "a.parquet")
     labelled().save_to_disk(tmp_path / "arrow")
     for name in ("a.parquet", "arrow"):
-        found = load_rows(config(files=str(tmp_path / name)), BadRows()).splits["train"]
-        assert [row.values["y"] for row in found] == ["pos", "neg", None], name
-        assert [row.values["ys"] for row in found] == [["a", "b"], [], ["b"]], name
+        loaded_rows = load_rows(config(files=str(tmp_path / name)), BadRows()).splits["train"]
+        assert [row.values["y"] for row in loaded_rows] == ["pos", "neg", None], name
+        assert [row.values["ys"] for row in loaded_rows] == [["a", "b"], [], ["b"]], name
 
 
 def test_a_directory_of_several_splits_is_read_as_they_are_called(tmp_path: Path) -> None:
     import datasets
 
     datasets.DatasetDict({"train": labelled(), "test": labelled()}).save_to_disk(tmp_path / "d")
-    found = load_rows(config(files=str(tmp_path / "d")), BadRows())
-    assert {split: len(part) for split, part in found.splits.items()} == {"train": 3, "test": 3}
+    loaded = load_rows(config(files=str(tmp_path / "d")), BadRows())
+    assert {split: len(part) for split, part in loaded.splits.items()} == {"train": 3, "test": 3}
     with pytest.raises(
         ConfigError, match=r"data\.split_files\.test is set, and data\.files=.*d has test rows: keep one"
     ):
@@ -388,8 +389,8 @@ def test_a_directory_of_several_splits_is_read_as_they_are_called(tmp_path: Path
     datasets.DatasetDict({"train": labelled(), "dev": labelled()}).save_to_disk(tmp_path / "e")
     with pytest.raises(ConfigError, match=r"splits train, dev; name each one: data\.split_files\.train=.*e/train"):
         load_rows(config(files=str(tmp_path / "e")), BadRows())
-    given = Files(train=str(tmp_path / "e" / "train"), validation=str(tmp_path / "e" / "dev"))
-    assert set(load_rows(config(split_files=given), BadRows()).splits) == {"train", "validation"}
+    split_files = Files(train=str(tmp_path / "e" / "train"), validation=str(tmp_path / "e" / "dev"))
+    assert set(load_rows(config(split_files=split_files), BadRows()).splits) == {"train", "validation"}
     for values in ({"files": [str(tmp_path / "e")]}, {"split_files": Files(train=str(tmp_path / "d"))}):
         with pytest.raises(ConfigError, match=r"a directory of several splits.*[ed]/train"):
             load_rows(config(**values), BadRows())

@@ -23,18 +23,18 @@ def texts(rows: list[Row]) -> set[str]:
 def test_a_rows_side_depends_on_its_content_and_the_seed_alone() -> None:
     rows = make(200)
     shuffled = random.Random(1).sample(rows, len(rows))
-    _, held = hold_out(rows, 0.1, 5)
+    _, held_out = hold_out(rows, 0.1, 5)
     _, again = hold_out(shuffled, 0.1, 5)
-    assert len(held) == 20
-    assert texts(held) == texts(again)
-    assert texts(hold_out(rows, 0.1, 6)[1]) != texts(held)
+    assert len(held_out) == 20
+    assert texts(held_out) == texts(again)
+    assert texts(hold_out(rows, 0.1, 6)[1]) != texts(held_out)
 
 
 def test_copies_of_a_row_stay_on_one_side() -> None:
     rows = make(50) * 3
-    kept, held = hold_out(rows, 0.2, 0)
-    assert held
-    assert not texts(kept) & texts(held)
+    training, held_out = hold_out(rows, 0.2, 0)
+    assert held_out
+    assert not texts(training) & texts(held_out)
 
 
 def test_a_limit_is_a_random_sample_and_not_the_first_rows() -> None:
@@ -135,13 +135,13 @@ SIZES = [
 @pytest.mark.parametrize("fraction", [0.1, 0.25, 0.3])
 def test_a_stratified_split_holds_out_its_share_and_never_a_whole_class(sizes: dict[str, int], fraction: float) -> None:
     rows = classes(sizes)
-    kept, held = hold_out(rows, fraction, 0, stratify="label")
-    assert column(kept, "label") == set(sizes)
+    training, held_out = hold_out(rows, fraction, 0, stratify="label")
+    assert column(training, "label") == set(sizes)
     most = sum(size - 1 for size in sizes.values())
-    wanted = min(most, round(len(rows) * fraction))
-    assert abs(len(held) - wanted) <= max(1, wanted / 20)
+    expected = min(most, round(len(rows) * fraction))
+    assert abs(len(held_out) - expected) <= max(1, expected / 20)
     for label, size in sizes.items():
-        assert abs(sum(row.values["label"] == label for row in held) - size * fraction) <= 1 or wanted == most
+        assert abs(sum(row.values["label"] == label for row in held_out) - size * fraction) <= 1 or expected == most
 
 
 def test_groups_and_copies_do_not_take_the_last_rows_of_a_class() -> None:
@@ -151,9 +151,9 @@ def test_groups_and_copies_do_not_take_the_last_rows_of_a_class() -> None:
         for row in part:
             row.values.setdefault("label", "other")
         for seed in range(20):
-            kept, held = hold_out(part, 0.2, seed, group=group, stratify="label")
-            assert held
-            assert column(kept, "label") == column(part, "label")
+            training, held_out = hold_out(part, 0.2, seed, group=group, stratify="label")
+            assert held_out
+            assert column(training, "label") == column(part, "label")
 
 
 def test_classes_of_one_row_each_cannot_be_stratified() -> None:
@@ -162,20 +162,20 @@ def test_classes_of_one_row_each_cannot_be_stratified() -> None:
 
 
 def test_a_share_beside_given_rows_is_refused() -> None:
-    given = {"train": make(9), "validation": make(3), "test": make(2)}
+    splits = {"train": make(9), "validation": make(3), "test": make(2)}
     with pytest.raises(ConfigError, match=r"data\.validation_fraction=0\.2 would not be used with the given valid"):
-        make_splits(Loaded(given, ""), config(validation_fraction=0.2))
+        make_splits(Loaded(splits, ""), config(validation_fraction=0.2))
     with pytest.raises(ConfigError, match=r"data\.test_fraction=0\.2 would not be used with the given test rows"):
-        make_splits(Loaded(given, ""), config(test_fraction=0.2))
+        make_splits(Loaded(splits, ""), config(test_fraction=0.2))
     with pytest.raises(ConfigError, match=r"data\.validation_fraction=0\.2 would not be used with data\.fold"):
         make_splits(Loaded({"train": make(9)}, ""), config(validation_fraction=0.2, fold=0))
-    assert make_splits(Loaded(given, ""), config(validation_fraction=0.0))["validation"] == given["validation"]
+    assert make_splits(Loaded(splits, ""), config(validation_fraction=0.0))["validation"] == splits["validation"]
 
 
 def test_values_that_json_lacks_do_not_matter_to_a_split() -> None:
     rows = [Row({**row.values, "when": datetime.date(2024, 1, 1), "raw": b"\xff"}, row.where) for row in make(40)]
-    kept, held = hold_out(rows, 0.25, 0, group="when")
-    assert (len(kept), len(held)) == (0, 40)
+    training, held_out = hold_out(rows, 0.25, 0, group="when")
+    assert (len(training), len(held_out)) == (0, 40)
     assert len(hold_out(rows, 0.25, 0)[1]) == 10
 
 

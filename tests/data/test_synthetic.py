@@ -1,4 +1,4 @@
-"""Laws of the rule-made English."""
+"""Properties of the generated English."""
 
 import hashlib
 import itertools
@@ -86,9 +86,9 @@ def test_a_text_shows_three_habits_of_its_writer_and_two_at_most_of_others_and_n
 
 def test_a_story_keeps_one_style_that_no_writer_nor_a_slip_of_theirs_has() -> None:
     for row in stories("train", 2000):
-        told = row["text"].split("\n", 1)[1]
-        assert all(len(shown) <= 1 for shown in habits(told)), told
-        assert all(in_common(told, writer) <= 2 for writer in WRITERS)
+        story = row["text"].split("\n", 1)[1]
+        assert all(len(shown) <= 1 for shown in habits(story)), story
+        assert all(in_common(story, writer) <= 2 for writer in WRITERS)
 
 
 def test_every_writer_is_a_character_in_stories() -> None:

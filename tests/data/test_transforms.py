@@ -20,20 +20,20 @@ def conversation() -> Conversation:
 
 
 def test_context_distillation_trains_the_answers_without_the_system_prompt() -> None:
-    made = apply(Transform.context_distillation, conversation())
-    assert [m["content"] for m in made.messages] == ["Q1", "A1", "Q2", "A2", "Q3", "A3"]
-    assert made.trained_from == 0
+    transformed = apply(Transform.context_distillation, conversation())
+    assert [m["content"] for m in transformed.messages] == ["Q1", "A1", "Q2", "A2", "Q3", "A3"]
+    assert transformed.trained_from == 0
 
 
 def test_ghost_attention_keeps_the_instruction_in_the_first_turn_and_trains_the_last_answer_only() -> None:
-    made = apply(Transform.ghost_attention, conversation())
-    assert [m["content"] for m in made.messages] == [SYSTEM, f"{SYSTEM} Q1", "A1", "Q2", "A2", "Q3", "A3"]
-    assert made.trained_from == 2
+    transformed = apply(Transform.ghost_attention, conversation())
+    assert [m["content"] for m in transformed.messages] == [SYSTEM, f"{SYSTEM} Q1", "A1", "Q2", "A2", "Q3", "A3"]
+    assert transformed.trained_from == 2
 
 
 def test_without_a_system_prompt_or_a_transform_nothing_changes() -> None:
     plain = Conversation(conversation().messages[1:], "f:1")
     for transform in Transform:
         assert apply(transform, plain) is plain
-    whole = conversation()
-    assert apply(Transform.none, whole) is whole
+    with_system = conversation()
+    assert apply(Transform.none, with_system) is with_system

@@ -1,4 +1,4 @@
-"""`python -m llmft.sample`: what it writes is a function of seed, rows and weights; the best are the judge's best."""
+"""`python -m llmft.sample`: output depends on seed, rows and weights alone; the best are the judge's best."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of four steps."""
     directory = tmp_path_factory.mktemp("sampling")
     train(compose(*SMALL, f"output_dir={directory}"), quiet=True)
-    (found,) = (directory / "runs").iterdir()
-    return found
+    (run_folder,) = (directory / "runs").iterdir()
+    return run_folder
 
 
 def sampled(run: Path, *overrides: str) -> Path:
-    given = [f"run={run}", "samples=4", "temperatures=[0.5,1.5]", "threads=1", *overrides]
-    return sample(compose(*given, verb="sample", kind=SampleConfig), quiet=True)
+    arguments = [f"run={run}", "samples=4", "temperatures=[0.5,1.5]", "threads=1", *overrides]
+    return sample(compose(*arguments, verb="sample", kind=SampleConfig), quiet=True)
 
 
 def content(directory: Path) -> dict[str, bytes]:
@@ -69,13 +69,13 @@ def test_files_are_the_same_at_any_batch_size_and_the_best_are_the_judges_argmax
 
 
 def test_answers_under_a_system_prompt_are_learned_without_it(run: Path) -> None:
-    plain, told = (
+    plain, with_system = (
         sampled(run, "limit=3", "temperatures=[0]", "samples=1", *more) for more in ([], ["system='Be brief.'"])
     )
-    assert [row["messages"][0] for row in lines(told / "all.jsonl")] == [
+    assert [row["messages"][0] for row in lines(with_system / "all.jsonl")] == [
         row["messages"][0] for row in lines(plain / "all.jsonl")
     ]
-    assert read_table(told / "samples.parquet")["logprob"] != read_table(plain / "samples.parquet")["logprob"]
+    assert read_table(with_system / "samples.parquet")["logprob"] != read_table(plain / "samples.parquet")["logprob"]
 
 
 @pytest.mark.parametrize(
@@ -97,11 +97,11 @@ def test_mistakes_are_told_before_the_weights_load(run: Path, overrides: list[st
 @pytest.mark.slow
 def test_killed_at_any_part_the_same_command_ends_at_the_same_files(run: Path) -> None:
     options = ["limit=48", f"judge={LENGTH}", "samples=4", "temperatures=[1.0]", "threads=1"]
-    whole = sampled(run, *options, "name=whole")
+    uninterrupted = sampled(run, *options, "name=whole")
     command = [sys.executable, "-m", "llmft.sample", f"run={run}", *options, "name=killed"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not list((run / "samples" / "killed").glob("parts/*.parquet")):
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert content(sampled(run, *options, "name=killed")) == content(whole)
+    assert content(sampled(run, *options, "name=killed")) == content(uninterrupted)

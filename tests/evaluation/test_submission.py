@@ -1,4 +1,4 @@
-"""Predictions in the form of a competition's sample: one function for predict, folds and blend."""
+"""Predictions in the format of a competition's sample: one function for predict, folds and blend."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from llmft.runs.predictions import Predictions
 VALUES = np.asarray([[0.1, 0.7, 0.2], [0.5, 0.2, 0.3]])
 
 
-def written(tmp_path: Path, sample: str, made: Predictions, **given: str) -> list[list[str]]:
+def written(tmp_path: Path, sample: str, predictions: Predictions, **columns: str) -> list[list[str]]:
     (tmp_path / "sample.csv").write_text(sample)
-    screen = Screen(quiet=True)
-    path = write_submission(made, read_template(tmp_path / "sample.csv"), given, tmp_path / "submission.csv", screen)
+    template, path = read_template(tmp_path / "sample.csv"), tmp_path / "submission.csv"
+    path = write_submission(predictions, template, columns, path, Screen(quiet=True))
     with path.open() as file:
         return list(csv.reader(file))
 

@@ -1,4 +1,4 @@
-"""A real model, trained, in every form in which it can be used afterwards: one greedy text in all of them.
+"""A real model, trained, in every form in which it can be used afterwards: the same greedy text in all.
 
 SmolLM2-135M-Instruct (LLMFT_REAL_MODELS names the folder it lies in), 20 steps in NF4 on Alpaca's rows.
 """
@@ -44,12 +44,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if not path.exists():
             pytest.skip(f"not here: {path}")
     root = tmp_path_factory.mktemp("chain")
-    given = ["logger=none", "progress=false", "trainer.accelerator=cpu", "trainer.precision=fp32", "lora.r=8"]
-    given += ["model=local", f"model.path={SMOLLM2}", "quantization=nf4", "data=alpaca", f"data.files={ROWS}"]
-    given += ["data.limit=90", "data.max_tokens=160", "data.max_dropped_fraction=1", "data.validation_fraction=0.1"]
-    given += ["trainer.max_steps=20", "trainer.batch_size=4", "trainer.micro_batch=4", "trainer.validate_every=20"]
-    given += [f"task.max_new_tokens={NEW_TOKENS}", "task.generate_rows=0", f"output_dir={root}"]
-    train(compose(*given), quiet=True)
+    overrides = ["logger=none", "progress=false", "trainer.accelerator=cpu", "trainer.precision=fp32", "lora.r=8"]
+    overrides += ["model=local", f"model.path={SMOLLM2}", "quantization=nf4", "data=alpaca", f"data.files={ROWS}"]
+    overrides += ["data.limit=90", "data.max_tokens=160", "data.max_dropped_fraction=1", "data.validation_fraction=0.1"]
+    overrides += ["trainer.max_steps=20", "trainer.batch_size=4", "trainer.micro_batch=4", "trainer.validate_every=20"]
+    overrides += [f"task.max_new_tokens={NEW_TOKENS}", "task.generate_rows=0", f"output_dir={root}"]
+    train(compose(*overrides), quiet=True)
     return run_directory(root)
 
 
@@ -62,7 +62,7 @@ def questions(run: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def expected(run: Path, questions: list[str]) -> list[str]:
-    """What `predict` says."""
+    """The answers of `predict`."""
     (folder,) = predict(PredictConfig(run=str(run), prompts=questions, accelerator="cpu"), quiet=True)
     texts = Predictions.load(folder).predicted
     assert len(set(texts)) == len(questions)
@@ -77,7 +77,7 @@ def merged(run: Path) -> Path:
 
 
 class Plain:
-    """A merged directory as any user of transformers loads it."""
+    """A merged directory loaded with transformers alone."""
 
     def __init__(self, directory: Path) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -88,19 +88,19 @@ class Plain:
         return self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt")
 
     def answer(self, question: str) -> str:
-        asked = self.prompt(question)
-        ids = self.model.generate(**asked, max_new_tokens=NEW_TOKENS, do_sample=False)[0]
-        return str(self.tokenizer.decode(ids[asked["input_ids"].shape[1] :], skip_special_tokens=True))
+        prompt = self.prompt(question)
+        ids = self.model.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False)[0]
+        return str(self.tokenizer.decode(ids[prompt["input_ids"].shape[1] :], skip_special_tokens=True))
 
     def margin(self, question: str, one: str, two: str) -> float:
-        """Nats between the first tokens in which two answers differ."""
+        """The difference in nats between the first tokens in which two answers differ."""
         first, second = (self.tokenizer(text, add_special_tokens=False).input_ids for text in (one, two))
         end = self.tokenizer.eos_token_id
         same = next(n for n in range(NEW_TOKENS) if [*first, end][n] != [*second, end][n])
         ids = torch.cat([self.prompt(question)["input_ids"], torch.tensor([first[:same]], dtype=torch.long)], 1)
         with torch.no_grad():
-            found = self.model(input_ids=ids).logits[0, -1].log_softmax(-1)
-        return float(found[[*first, end][same]] - found[[*second, end][same]])
+            log_probs = self.model(input_ids=ids).logits[0, -1].log_softmax(-1)
+        return float(log_probs[[*first, end][same]] - log_probs[[*second, end][same]])
 
 
 def test_plain_transformers_says_the_same(merged: Path, questions: list[str], expected: list[str]) -> None:
@@ -116,18 +116,18 @@ def test_plain_transformers_says_the_same(merged: Path, questions: list[str], ex
 def test_llama_cpp_says_the_same_but_at_ties(
     run: Path, merged: Path, questions: list[str], expected: list[str], kind: str
 ) -> None:
-    """Its own rounding of activations decides where two tokens are as likely as each other, and nowhere else."""
-    given = MergeConfig(run=str(run), accelerator="cpu", format=MergeFormat.gguf, type=kind)
-    (path,) = merge(given, quiet=True)  # which proves the log-probabilities of greedy tokens
+    """Rounding of activations decides only where two tokens are equally likely."""
+    config = MergeConfig(run=str(run), accelerator="cpu", format=MergeFormat.gguf, type=kind)
+    (path,) = merge(config, quiet=True)  # which proves the log-probabilities of greedy tokens
     engine = LlamaCpp(path, 512)
     texts = []
     for question in questions:
         turns = {"messages": [{"role": "user", "content": question}], "max_tokens": NEW_TOKENS, "temperature": 0}
         texts.append(engine.server.handle_chat_completions(turns)["choices"][0]["message"]["content"])
-    others = [place for place, text in enumerate(texts) if text != expected[place]]
+    others = [index for index, text in enumerate(texts) if text != expected[index]]
     plain = Plain(merged)
-    for place in others:
-        assert 0 <= plain.margin(questions[place], expected[place], texts[place]) < TIE[kind], texts[place]
+    for index in others:
+        assert 0 <= plain.margin(questions[index], expected[index], texts[index]) < TIE[kind], texts[index]
     assert kind == "q8_0" or len(others) <= 1
 
 
@@ -139,10 +139,10 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 def test_chat_says_the_same(run: Path, questions: list[str], expected: list[str]) -> None:
-    for place in (0, 1):
-        line = command("chat", f"run={run}", f"message={questions[place]}")
-        done = subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, check=True)
-        assert done.stdout == f"{expected[place]}\n"
+    for index in (0, 1):
+        line = command("chat", f"run={run}", f"message={questions[index]}")
+        result = subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+        assert result.stdout == f"{expected[index]}\n"
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Adapters that PEFT wrote, without a run: merged, talked to, and refused where they are not what they say."""
+"""Adapters that PEFT wrote, without a run: merged, used in chat, and refused where their files are inconsistent."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llmft.config.commands import ChatConfig, MergeConfig
 from llmft.core.errors import ConfigError
 from llmft.export.targets import opened
 from llmft.merge import merge
-from tests.export.test_gguf import made
+from tests.export.test_gguf import random_model
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
 ODD = {"target_modules": r".*layers\.[01]\.(self_attn\.q_proj|mlp\.down_proj)", "modules_to_save": ["lm_head"],
@@ -28,12 +28,12 @@ ODD = {"target_modules": r".*layers\.[01]\.(self_attn\.q_proj|mlp\.down_proj)", 
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An odd adapter, without a tokenizer of its own, on a small base with a chat template."""
     folder = tmp_path_factory.mktemp("theirs")
-    base = made(folder / "base", "llama")
+    base = random_model(folder / "base", "llama")
     (base / "chat_template.jinja").write_text(TEMPLATE)
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    given = {"r": 4, "lora_alpha": 16, "init_lora_weights": False, "task_type": "CAUSAL_LM", **ODD}
-    model = peft.get_peft_model(model, peft.LoraConfig(**given))
+    options = {"r": 4, "lora_alpha": 16, "init_lora_weights": False, "task_type": "CAUSAL_LM", **ODD}
+    model = peft.get_peft_model(model, peft.LoraConfig(**options))
     with torch.no_grad():
         model.base_model.model.lm_head.modules_to_save["default"].weight.add_(0.1)
     model.save_pretrained(folder / "adapter")

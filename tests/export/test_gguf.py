@@ -1,4 +1,4 @@
-"""GGUF files: every family computes in llama.cpp what it does in transformers, as llama.cpp's converter has it."""
+"""GGUF files: every family gives the same in llama.cpp as in transformers, and as with llama.cpp's converter."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ REAL = ("gpt2", "llama2", "mistral_v3")
 CONVERTER = Path(os.environ.get("LLAMA_CPP", "/nowhere")) / "convert_hf_to_gguf.py"
 
 
-def made(
+def random_model(
     folder: Path,
     family: str,
     tokenizer: Path = TINY,
@@ -58,7 +58,7 @@ def made(
     exact_norms: bool = False,
     **config: Any,
 ) -> Path:
-    """A small random model of a family, with norms that are not 1; `exact_norms` are so in 16 bits with 1 added too."""
+    """A small random model of a family, with norms other than 1; `exact_norms` are exact in 16 bits even plus 1."""
     kind, sizes = FAMILIES[family]
     words = AutoTokenizer.from_pretrained(tokenizer)
     ids = {"bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id}
@@ -84,7 +84,7 @@ def made(
 @pytest.mark.skipif(not is_installed(), reason="xllamacpp is not installed")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_writes_in_llama_cpp_what_it_writes_in_transformers(family: str, tmp_path: Path) -> None:
-    directory = made(tmp_path / "model", family)
+    directory = random_model(tmp_path / "model", family)
     gguf.convert(directory, tmp_path / "model.gguf", "f32")
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     prompt = [1, 40, 80, 120, 300, 5, 77, 200]
@@ -94,15 +94,15 @@ def test_a_family_writes_in_llama_cpp_what_it_writes_in_transformers(family: str
         )
         logits = model(ids).logits[0].log_softmax(-1)
     engine = LlamaCpp(tmp_path / "model.gguf", 128)
-    found = engine.generate(prompt, 40)
-    assert len(found) > 0
-    for place, (token, probability) in enumerate(found):
-        if token != int(ids[0, len(prompt) + place]):  # a tie of two tokens
-            two = logits[len(prompt) + place - 1].topk(2).values
+    tokens = engine.generate(prompt, 40)
+    assert len(tokens) > 0
+    for index, (token, probability) in enumerate(tokens):
+        if token != int(ids[0, len(prompt) + index]):  # a tie of two tokens
+            two = logits[len(prompt) + index - 1].topk(2).values
             assert float(two[0] - two[1]) < 2e-3
-            assert place > 0
+            assert index > 0
             break
-        expected = float(logits[len(prompt) + place - 1, token])
+        expected = float(logits[len(prompt) + index - 1, token])
         assert probability is None or probability == pytest.approx(expected, abs=5e-3)
 
 
@@ -114,7 +114,7 @@ def test_a_tokenizer_makes_in_llama_cpp_the_tokens_it_makes_here(name: str, tmp_
     source = TINY if name == "tiny" else SHARED / "tokenizers" / name
     if not source.is_dir():
         pytest.skip(f"the tokenizer is not here: {source}")
-    directory = made(tmp_path / "model", "llama", source)
+    directory = random_model(tmp_path / "model", "llama", source)
     (directory / "tokenizer.model").unlink(missing_ok=True)  # derived from tokenizer.json alone
     gguf.convert(directory, tmp_path / "model.gguf", "q8_0")
     words, engine = AutoTokenizer.from_pretrained(directory), LlamaCpp(tmp_path / "model.gguf", 128)
@@ -131,7 +131,7 @@ def test_a_tokenizer_makes_in_llama_cpp_the_tokens_it_makes_here(name: str, tmp_
 def test_tensors_are_those_of_llama_cpps_own_converter(family: str, kind: str, tmp_path: Path) -> None:
     """Qwen 2 alone of these families asks for a tokenizer on its list; its tensors are written as Qwen 3's."""
     name = "llama2" if family in ("mistral", "mixtral", "gemma", "gemma2", "gemma3", "phi3") else "gpt2"
-    directory = made(tmp_path / "model", family, SHARED / "tokenizers" / name, torch.float16)
+    directory = random_model(tmp_path / "model", family, SHARED / "tokenizers" / name, torch.float16)
     command = [
         sys.executable,
         str(CONVERTER),
@@ -156,7 +156,7 @@ def test_tensors_are_those_of_llama_cpps_own_converter(family: str, kind: str, t
 def test_what_is_not_known_is_named_with_the_way_out(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models
 
-    directory = made(tmp_path / "model", "qwen3")
+    directory = random_model(tmp_path / "model", "qwen3")
     config = (directory / "config.json").read_text()
     (directory / "config.json").write_text(config.replace('"qwen3"', '"olmo"').replace("Qwen3For", "OlmoFor"))
     with pytest.raises(ConfigError, match=r"models of type olmo are not known here .*converter=DIR"):

@@ -1,4 +1,4 @@
-"""push and bundle: what leaves this machine, and what works on another."""
+"""push and bundle: what is sent from this machine, and what works on another."""
 
 from __future__ import annotations
 
@@ -76,21 +76,21 @@ def test_a_run_is_sent_whole_private_and_without_the_token(two_runs: list[Path])
     config = PushConfig(run=str(two_runs[0]), repo="me/writers")
     with hub() as server, plan(config) as folder:
         command = [sys.executable, "-m", "llmft.push", f"run={two_runs[0]}", "repo=me/writers", "send=true"]
-        given = {"HF_ENDPOINT": server.address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
-        done = subprocess.run(command, env={**os.environ, **given}, capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == 0, done.stderr
+        settings = {"HF_ENDPOINT": server.address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
+        result = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, cwd=ROOT)
+        assert result.returncode == 0, result.stderr
         assert server.files == {path.name: path.read_bytes() for path in folder.iterdir()}
         assert server.created["name"] == "writers"
         assert (server.created.get("private") is True) or server.created.get("visibility") == "private"
         assert server.tokens == {f"Bearer {TOKEN}"} | server.tokens & {""}  # signed addresses need none
-        assert f"sent  {server.address}/me/writers (private)" in done.stdout
-    assert TOKEN not in done.stdout + done.stderr
+        assert f"sent  {server.address}/me/writers (private)" in result.stdout
+    assert TOKEN not in result.stdout + result.stderr
     assert not any(TOKEN.encode() in content for content in server.files.values())
 
 
 @pytest.fixture
 def online(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Sends to an address as somebody who is logged in, with little patience; returns what went wrong."""
+    """Pushes to an address with a token and short timeouts; returns the error's message."""
     import huggingface_hub
     from huggingface_hub import constants
 
@@ -101,10 +101,10 @@ def online(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr("llmft.export.hub.STALLED_S", 0.5)
     huggingface_hub.close_session()
 
-    def attempt(run: Path, address: str, **given: Any) -> str:
+    def attempt(run: Path, address: str, **options: Any) -> str:
         monkeypatch.setattr(constants, "ENDPOINT", address)
         with pytest.raises(ConfigError) as refused:
-            push(PushConfig(run=str(run), repo="me/writers", send=True, **given))
+            push(PushConfig(run=str(run), repo="me/writers", send=True, **options))
         assert TOKEN not in str(refused.value)
         return str(refused.value)
 
@@ -144,9 +144,9 @@ def test_a_hub_that_refuses_or_falls_silent_half_way_is_one_sentence(two_runs: l
 
 def test_what_a_target_has_and_what_only_that_needs_is_left_out() -> None:
     needs = {"a": ("b", "torch"), "b": (), "torch": ("cuda",), "cuda": ()}
-    found = {name: Wheel(name, "1", f"https://x/{name}.whl", requires) for name, requires in needs.items()}
-    assert [wheel.name for wheel in reached(found, ["a"], {"torch"})] == ["a", "b"]
-    assert [wheel.name for wheel in reached(found, ["a"], set())] == ["a", "b", "cuda", "torch"]
+    wheels = {name: Wheel(name, "1", f"https://x/{name}.whl", requires) for name, requires in needs.items()}
+    assert [wheel.name for wheel in reached(wheels, ["a"], {"torch"})] == ["a", "b"]
+    assert [wheel.name for wheel in reached(wheels, ["a"], set())] == ["a", "b", "cuda", "torch"]
 
 
 @pytest.mark.slow
@@ -156,8 +156,8 @@ def test_a_bundle_predicts_in_another_place(two_runs: list[Path], tmp_path: Path
     moved = (tmp_path / "bundle").rename(tmp_path / "another & place")
     command = ["sh", str(moved / "predict.sh"), str(tmp_path / "out"), "prompts=[Who?]", "name=a", "accelerator=cpu"]
     environment = {"PATH": "/usr/bin:/bin", "PYTHON": sys.executable}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
     assert (tmp_path / "out" / "run" / "predictions" / "a" / "predictions.csv").is_file()
     with pytest.raises(ConfigError, match="exists and is not a bundle"):
         bundle(BundleConfig(run=str(two_runs[0]), to=str(tmp_path), wheels=False))
@@ -187,9 +187,9 @@ def test_a_bundle_with_its_wheels_predicts_in_an_empty_environment_without_netwo
     if subprocess.run(probe, capture_output=True).returncode:
         pytest.skip("no package index can be reached")
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    given = {"python": version, "platform": [f"manylinux_2_28_{machine.machine()}"], "accelerator": "cpu"}
+    options = {"python": version, "platform": [f"manylinux_2_28_{machine.machine()}"], "accelerator": "cpu"}
     folder = tmp_path / "bundle"
-    bundle(BundleConfig(run=str(two_runs[0]), to=str(folder), **given))
+    bundle(BundleConfig(run=str(two_runs[0]), to=str(folder), **options))
     assert "predicts as the run does" in capsys.readouterr().out
     sizes = json.loads((folder / "bundle.json").read_text())["bytes"]
     written = sum(path.stat().st_size for path in (folder / "wheels").iterdir())
@@ -203,7 +203,7 @@ def test_a_bundle_with_its_wheels_predicts_in_an_empty_environment_without_netwo
     command = ["sh", str(moved / "predict.sh"), str(tmp_path / "out")]
     command += ["prompts=[Who?,Why?]", "name=a", "accelerator=cpu"]
     environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(tmp_path / "empty" / "bin" / "python"), "PIP_NO_INDEX": "1"}
-    done = subprocess.run([*alone, *command], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    result = subprocess.run([*alone, *command], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
     answers = Predictions.load(tmp_path / "out" / "run" / "predictions" / "a")
     assert answers.predicted == Predictions.load(directory).predicted

@@ -1,4 +1,4 @@
-"""A run to a standalone model: the same answers by plain transformers and by llama.cpp, or nothing at all."""
+"""A run merged to a standalone model: the same answers by transformers and by llama.cpp, or no file at all."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from tests.conftest import ROOT, SMALL, compose, run_directory
 PROMPT = "Who wrote this text?\n\nThe fox was quite angry."
 
 
-def predicted(run: Path, **given: Any) -> Predictions:
-    given |= {"prompts": [PROMPT], "accelerator": "cpu", "force": True}
-    (folder,) = predict(PredictConfig(run=str(run), **given), quiet=True)
+def predicted(run: Path, **options: Any) -> Predictions:
+    options |= {"prompts": [PROMPT], "accelerator": "cpu", "force": True}
+    (folder,) = predict(PredictConfig(run=str(run), **options), quiet=True)
     return Predictions.load(folder)
 
 
-def merged(run: Path, **given: Any) -> Path:
-    (path,) = merge(MergeConfig(run=str(run), accelerator="cpu", **given), quiet=True)
+def merged(run: Path, **options: Any) -> Path:
+    (path,) = merge(MergeConfig(run=str(run), accelerator="cpu", **options), quiet=True)
     return path
 
 
@@ -49,8 +49,8 @@ def test_plain_transformers_says_with_a_merged_run_what_the_run_says(two_runs: l
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     turns = [{"role": "user", "content": PROMPT}]
-    asked = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt")
-    written = model.generate(**asked, max_new_tokens=12, do_sample=False)[0, asked["input_ids"].shape[1] :]
+    prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt")
+    written = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert tokenizer.decode(written, skip_special_tokens=True) == predicted(two_runs[0]).predicted[0]
     assert "generation" not in tokenizer.chat_template
     with_system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": PROMPT}]
@@ -84,9 +84,9 @@ def test_llama_cpp_says_with_a_gguf_file_what_the_run_says(two_runs: list[Path],
         merged(two_runs[1], to=str(path), format=MergeFormat.gguf, type="f32")
         assert path.stat().st_mtime_ns > before
         merged(two_runs[1], to=str(path), format=MergeFormat.gguf, type=kind)
-    given = xllamacpp.CommonParams()
-    given.model.path, given.n_ctx, given.verbosity, given.warmup = str(path), 256, -1, False
-    answer = xllamacpp.Server(given).handle_chat_completions(
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.verbosity, params.warmup = str(path), 256, -1, False
+    answer = xllamacpp.Server(params).handle_chat_completions(
         {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": 12, "temperature": 0}
     )
     assert answer["choices"][0]["message"]["content"] == predicted(two_runs[1]).predicted[0]
@@ -118,12 +118,12 @@ def test_a_file_for_lm_studio_is_where_it_looks(two_runs: list[Path], tmp_path: 
     pytest.importorskip("gguf")
     monkeypatch.setenv("HOME", str(tmp_path))
     run = two_runs[0]
-    given = MergeConfig(run=str(run), format=MergeFormat.gguf, type="q8_0", to="lmstudio")
-    (path,) = merge(given, quiet=True)
+    config = MergeConfig(run=str(run), format=MergeFormat.gguf, type="q8_0", to="lmstudio")
+    (path,) = merge(config, quiet=True)
     assert path == tmp_path / ".lmstudio" / "models" / "llmft" / run.name / f"{run.name}-q8_0.gguf"
     assert path.read_bytes()[:4] == b"GGUF"
     (tmp_path / ".lmstudio-home-pointer").write_text(f"{tmp_path / 'elsewhere'}\n")
-    (path,) = merge(given, quiet=True)
+    (path,) = merge(config, quiet=True)
     assert path.is_relative_to(tmp_path / "elsewhere" / "models")
 
 
@@ -162,7 +162,7 @@ def test_a_staged_directory_is_whole_or_not_there(tmp_path: Path) -> None:
     dead = subprocess.Popen(["true"])
     dead.wait()
     (tmp_path / f".model.{dead.pid}.tmp").mkdir()
-    (tmp_path / f".model.{os.getpid()}.tmp" / "model").mkdir(parents=True)  # of another container's life
+    (tmp_path / f".model.{os.getpid()}.tmp" / "model").mkdir(parents=True)  # of another container
     for text in ("old", "new"):
         with staged_directory(target) as staged:
             (staged / "file").write_text(text)
@@ -172,7 +172,7 @@ def test_a_staged_directory_is_whole_or_not_there(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "given", "moments"),
+    ("name", "options", "moments"),
     [
         ("model", [], ["", "/**/model.safetensors", "/**/config.json", "/**/tokenizer.json", "/**/README.md"]),
         (
@@ -184,11 +184,11 @@ def test_a_staged_directory_is_whole_or_not_there(tmp_path: Path) -> None:
     ids=["directory", "gguf"],
 )
 def test_an_export_that_is_killed_leaves_nothing_half_and_goes_on(
-    two_runs: list[Path], tmp_path: Path, name: str, given: list[str], moments: list[str]
+    two_runs: list[Path], tmp_path: Path, name: str, options: list[str], moments: list[str]
 ) -> None:
-    """Killed when a file appears: before all weights, amid them, before and in the proof; first and a second time."""
+    """Kills when a file appears: before all weights, amid them, before and in the proof; at first and again."""
     target = tmp_path / name
-    command = [sys.executable, "-m", "llmft.merge", f"run={two_runs[0]}", f"to={target}", "force=true", *given]
+    command = [sys.executable, "-m", "llmft.merge", f"run={two_runs[0]}", f"to={target}", "force=true", *options]
 
     def start() -> subprocess.Popen[bytes]:
         return subprocess.Popen([*command, "accelerator=cpu"], env={**os.environ, "PYTHONPATH": str(ROOT)})
@@ -207,9 +207,9 @@ def test_an_export_that_is_killed_leaves_nothing_half_and_goes_on(
     assert start().wait() == 0
     assert list(tmp_path.iterdir()) == [target], "what killed processes left is gone"
     content = target if target.is_file() else target / "model.safetensors"
-    changed, whole = content.stat().st_mtime_ns, content.read_bytes()
+    changed, written = content.stat().st_mtime_ns, content.read_bytes()
     kill_when(f".{name}.*.tmp{moments[-1]}")
-    assert (content.stat().st_mtime_ns, content.read_bytes()) == (changed, whole)
+    assert (content.stat().st_mtime_ns, content.read_bytes()) == (changed, written)
     assert start().wait() == 0
     assert list(tmp_path.iterdir()) == [target]
-    assert content.read_bytes() == whole
+    assert content.read_bytes() == written

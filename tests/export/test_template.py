@@ -1,4 +1,4 @@
-"""The exported template writes what the run's format writes, for programs that know no {% generation %}."""
+"""The exported template renders the same as the run's format, for programs that do not know {% generation %}."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def test_every_format_writes_the_same_when_it_is_exported(path: Path, more: dict
             expected = form.render(messages, add_generation_prompt=True).text
         except ValueError:
             continue  # of one turn, or without a place for a system prompt
-        given = {"chat_template": template, "tokenize": False, "add_generation_prompt": True}
-        found = tokenizer.apply_chat_template(messages, **given)
-        assert found == expected
+        options = {"chat_template": template, "tokenize": False, "add_generation_prompt": True}
+        rendered = tokenizer.apply_chat_template(messages, **options)
+        assert rendered == expected
     try:
-        given = tokenizer.apply_chat_template(conversations[2][:2], chat_template=template, tokenize=False)
+        rendered = tokenizer.apply_chat_template(conversations[2][:2], chat_template=template, tokenize=False)
     except Exception:
         pytest.fail("an app's own system prompt is refused")
-    assert "Own." in given
+    assert "Own." in rendered
 
 
 def test_marks_go_and_white_space_stays() -> None:

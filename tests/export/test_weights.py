@@ -1,4 +1,4 @@
-"""The merged weights of every kind of adapter and base are what plain transformers computes the same with."""
+"""Merged weights of every kind of adapter and base give the same outputs in plain transformers."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
 def adapted(
     kind: str, sizes: dict[str, Any], quantization: str, lora: dict[str, Any], auto: Any = AutoModelForCausalLM
 ) -> Any:
-    """A small random model with an adapter that changes what it says."""
+    """A small random model with an adapter that changes its outputs."""
     torch.manual_seed(0)
     base = auto.from_config(AutoConfig.for_model(kind, **sizes)).eval()
     form = QuantizationConfig(QuantizationFormat(quantization))
     quantize_in_place(base, form, torch.float32, ["score"], torch.device("cpu"))
     keep_packing(base)
     task = peft.TaskType.CAUSAL_LM if auto is AutoModelForCausalLM else peft.TaskType.SEQ_CLS
-    given = {
+    options = {
         "r": 4,
         "lora_alpha": 8,
         "target_modules": "all-linear",
@@ -63,7 +63,7 @@ def adapted(
         "task_type": task,
         **lora,
     }
-    model = peft.get_peft_model(base, peft.LoraConfig(**given)).eval()
+    model = peft.get_peft_model(base, peft.LoraConfig(**options)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "modules_to_save" in name or "magnitude" in name:
@@ -80,9 +80,9 @@ def test_a_merged_model_computes_what_the_adapter_on_its_base_does(case: str, tm
     with torch.no_grad():
         expected = model(input_ids=IDS).logits
         weights.write(model, weights.plan_export(model, "causal_lm"), tmp_path, torch.float32)
-        found = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)(input_ids=IDS).logits
-    # 8-bit layers round what goes into them as well, which merged weights do not.
-    assert found.sub(expected).abs().max() < (5e-2 if case == "8-bit" else 2e-5)
+        logits = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)(input_ids=IDS).logits
+    # 8-bit layers round their inputs as well, which merged weights do not.
+    assert logits.sub(expected).abs().max() < (5e-2 if case == "8-bit" else 2e-5)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
 
 
@@ -92,24 +92,24 @@ def test_a_head_is_written_whole_with_its_classes(tmp_path: Path) -> None:
         expected = model(input_ids=IDS).logits
         weights.write(model, weights.plan_export(model, "sequence_classification"), tmp_path, torch.float16)
         plain = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float32)
-        found = plain(input_ids=IDS).logits
-    assert found.sub(expected).abs().max() < 5e-3
+        logits = plain(input_ids=IDS).logits
+    assert logits.sub(expected).abs().max() < 5e-3
     assert torch.equal(plain.score.weight, model.base_model.model.score.modules_to_save["default"].weight.float())
 
 
 def test_a_weight_beyond_fp16_is_refused_and_large_models_are_divided(tmp_path: Path, monkeypatch: Any) -> None:
     model = adapted("llama", SIZES, "none", {})
     monkeypatch.setattr(weights, "SHARD_BYTES", 60_000)
-    made = weights.plan_export(model, "causal_lm")
-    weights.write(model, made, tmp_path, torch.float16)
+    merged = weights.plan_export(model, "causal_lm")
+    weights.write(model, merged, tmp_path, torch.float16)
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert len(files) > 2
     assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.glob("*.safetensors")} == {0o644}
     assert set(json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"].values()) == set(files)
     with torch.no_grad():
         expected = model(input_ids=IDS).logits
-        found = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)(input_ids=IDS).logits
-        assert found.sub(expected).abs().max() < 2e-2
+        logits = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)(input_ids=IDS).logits
+        assert logits.sub(expected).abs().max() < 2e-2
         model.base_model.model.model.embed_tokens.weight[0, 0] = 1e6
     with pytest.raises(weights.Overflow, match="embed_tokens"):
-        weights.write(model, made, tmp_path, torch.float16)
+        weights.write(model, merged, tmp_path, torch.float16)

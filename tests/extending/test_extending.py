@@ -1,4 +1,4 @@
-"""What a user adds from a package of his own works in one file each, with nothing installed and nothing registered."""
+"""Each extension in a user's package needs one file, with nothing installed and nothing registered."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ ROWS = ["data=diary", f"data.source_options.path={HERE}/diary.txt"]
 
 def test_model_prompt_rows_metric_objective_and_callback_of_ones_own_train_together(tmp_path: Path) -> None:
     callback = f"{{_target_: mylib.callbacks.LossDiary, path: {tmp_path}/losses.txt}}"
-    own = ["model=mytiny", "prompt=interview", *ROWS, "task.metrics=[mylib.metrics.same_first_letter]"]
-    own += ["task.objective=mylib.objectives.Focal", "task.objective_options={gamma: 2}"]
-    own += [f"trainer.callbacks.diary={callback}", "trusted_packages=[mylib]"]
+    overrides = ["model=mytiny", "prompt=interview", *ROWS, "task.metrics=[mylib.metrics.same_first_letter]"]
+    overrides += ["task.objective=mylib.objectives.Focal", "task.objective_options={gamma: 2}"]
+    overrides += [f"trainer.callbacks.diary={callback}", "trusted_packages=[mylib]"]
     folder = str(HERE / "mylib" / "conf")
-    done = llmft("--config-dir", folder, *SMALL, *own, cwd=tmp_path, PYTHONPATH=f"{HERE}{os.pathsep}{ROOT}")
-    assert done.returncode == 0, done.stderr
+    result = llmft("--config-dir", folder, *SMALL, *overrides, cwd=tmp_path, PYTHONPATH=f"{HERE}{os.pathsep}{ROOT}")
+    assert result.returncode == 0, result.stderr
     directory = run_directory(tmp_path / "outputs")
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     steps = [line["train/loss_nats"] for line in lines if "train/loss_nats" in line]
     before, after = [line for line in lines if "val/loss_nats" in line]
-    # Two steps of random weights: (nats)^3 of Focal where validation is in nats.
+    # With random weights Focal's loss is (nats)^3, and validation's is in nats.
     assert steps[0] == pytest.approx(before["val/loss_nats"] ** 3, rel=0.1)
     assert 0 <= after["val/same_first_letter"] <= 1
     assert (tmp_path / "losses.txt").read_text().splitlines() == [f"{i + 1} {i} {s:.4f}" for i, s in enumerate(steps)]

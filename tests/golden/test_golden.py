@@ -1,7 +1,7 @@
-"""Three recipes train to the losses that stand beside this file: a change that should not alter results does not.
+"""Three recipes train to the losses stored in this folder: other changes must not alter them.
 
-Each file has one `step loss` line per step. `python -m tests.golden.test_golden` writes them anew, for a change that is
-meant to alter losses; the commit then says why.
+Each file has one `step loss` line per step. `python -m tests.golden.test_golden` writes them again, for a change that
+is meant to alter losses; the commit then says why.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Steps of trainings on a CUDA device that is not there: `python -m tests.gpu.fake_cuda LIBRARY CASE…`.
+"""Training steps on a CUDA device that does not exist: `python -m tests.gpu.fake_cuda LIBRARY CASE…`.
 
 Tensors without storage go through the product's model, kernels, loss, backward, clipping and optimizer: devices and
-dtypes come out as on a GPU, numbers do not. A CASE is architecture/precision/change, or has a task behind it. One JSON
-line per case says what was seen: operations over two devices, where the host would wait for the GPU, and how attention
+dtypes are as on a GPU, numbers are not. A CASE is architecture/precision/change, optionally followed by a task. One
+JSON line per case lists operations over two devices, where the host would wait for the GPU, and how attention
 was computed.
 """
 
@@ -23,7 +23,7 @@ WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique", "unique_"
 
 
 def load_device(library: str) -> None:
-    """Before torch, which asks once and for all what devices there are."""
+    """Runs before torch is used, which looks for devices only once."""
     spec = importlib.util.find_spec("torch")
     assert spec is not None
     assert spec.origin is not None
@@ -33,7 +33,7 @@ def load_device(library: str) -> None:
 
 
 def be_a_gpu(capability: tuple[int, int]) -> None:
-    """Answers for torch.cuda what a GPU of this capability would."""
+    """Makes torch.cuda answer like a GPU of this capability."""
     import torch
 
     torch.cuda.is_available = lambda: True
@@ -45,7 +45,7 @@ def be_a_gpu(capability: tuple[int, int]) -> None:
 
 
 def watch() -> Any:
-    """A mode that notes what a GPU would not like."""
+    """A mode that records operations over two devices and waits for the GPU."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
@@ -73,13 +73,13 @@ def watch() -> Any:
 
 
 def waits_for_copy(source: Any, arguments: dict[str, Any]) -> bool:
-    """Whether a copy is one between the devices that the host waits for."""
+    """Whether the host waits for a copy between the devices."""
     target = arguments.get("device") or source
     return {source.type, target.type} == {"cpu", "cuda"} and not arguments.get("non_blocking")
 
 
 def note_attention() -> Any:
-    """A mode that notes which kernel of torch's attention a GPU would have for each call."""
+    """A mode that records which of torch's attention kernels a GPU would use for each call."""
     import torch
     from torch.overrides import TorchFunctionMode
 
@@ -110,14 +110,14 @@ def moved(model: Any) -> None:
         if not isinstance(tensor, torch.Tensor):
             return tensor
         if id(tensor) not in known:
-            made: Any = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+            fake: Any = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
             if isinstance(tensor, torch.nn.Parameter):
-                made = torch.nn.Parameter(made, requires_grad=tensor.requires_grad)
+                fake = torch.nn.Parameter(fake, requires_grad=tensor.requires_grad)
                 state = getattr(tensor, "quant_state", None)
                 if state is not None:
                     move_state(state)
-                    made.quant_state, made.bnb_quantized = state, True
-            known[id(tensor)] = tensor, made
+                    fake.quant_state, fake.bnb_quantized = state, True
+            known[id(tensor)] = tensor, fake
         return known[id(tensor)][1]
 
     def move_state(state: Any) -> None:
@@ -210,7 +210,7 @@ def batch_of(task: str) -> Any:
 
 
 def objective_of(task: str) -> Any:
-    """What computes the loss of a task."""
+    """The objective of a task."""
     from llmft.training.objectives.classification import Classification
     from llmft.training.objectives.language_modeling import LanguageModeling
     from llmft.training.objectives.policy import PolicyGradient
@@ -230,7 +230,7 @@ def objective_of(task: str) -> Any:
 
 
 def step(case: str) -> dict[str, Any]:
-    """What one step of `case` shows."""
+    """The recorded facts of one step of `case`."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -287,13 +287,13 @@ def main() -> None:
     load_libraries(training=False)
     for case in cases:
         try:
-            found = step(case)
+            facts = step(case)
         except Exception as error:
-            found = {
+            facts = {
                 "error": f"{type(error).__name__}: {error}"[:500],
                 "trace": traceback.format_tb(error.__traceback__)[-6:],
             }
-        print(json.dumps({"case": case, **found}), flush=True)
+        print(json.dumps({"case": case, **facts}), flush=True)
 
 
 if __name__ == "__main__":

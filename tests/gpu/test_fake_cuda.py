@@ -22,7 +22,7 @@ CORE = [
     "gemma3_text/fp16/dropout",
 ]
 NOT = "mixtral/fp32/-"
-"""torch's rule for shapes of grouped products knows bf16 alone, its kernel others too. Falcon is left out as a whole:
+"""torch's shape rule for grouped products supports bf16 alone, its kernel others too. Falcon is left out altogether:
 it indexes with a list, which needs the GPU's own code; and DeBERTa, which moves a number from the CPU in every
 forward."""
 FAMILIES = ("mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "opt", "gpt2", "mixtral")
@@ -38,7 +38,7 @@ Step = Callable[[str], dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def step(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Step:
-    """What was seen in a case's step; all cases that are asked for run in one process."""
+    """A function that gives the facts of a case's step; all selected cases run in one process."""
     if sys.platform != "linux" or torch.backends.cuda.is_built():
         pytest.skip("this torch has devices of its own")
     compiler = shutil.which("g++") or shutil.which("clang++")
@@ -48,7 +48,7 @@ def step(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     digest = hashlib.sha256(source.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
     library = Path(request.config.cache.mkdir("fake_cuda")) / f"{digest}.so"  # compiling takes most of the time
     if not library.exists():
-        made = tmp_path_factory.mktemp("device") / "made.so"
+        built = tmp_path_factory.mktemp("device") / "made.so"
         options = [
             "-O0",
             "-shared",
@@ -59,14 +59,14 @@ def step(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             "-lc10",
             "-ltorch_cpu",
         ]
-        subprocess.run([compiler, str(source), "-o", str(made), *options], check=True, timeout=300)
-        shutil.copy(made, library.with_suffix(".new"))
+        subprocess.run([compiler, str(source), "-o", str(built), *options], check=True, timeout=300)
+        shutil.copy(built, library.with_suffix(".new"))
         library.with_suffix(".new").replace(library)
-    asked = [item.callspec.params["case"] for item in request.session.items if item.path == Path(__file__)]  # type: ignore[attr-defined]
-    command = [sys.executable, "-m", "tests.gpu.fake_cuda", str(library), *asked]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    seen = {line["case"]: line for line in map(json.loads, done.stdout.splitlines())}
+    cases = [item.callspec.params["case"] for item in request.session.items if item.path == Path(__file__)]  # type: ignore[attr-defined]
+    command = [sys.executable, "-m", "tests.gpu.fake_cuda", str(library), *cases]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    seen = {line["case"]: line for line in map(json.loads, result.stdout.splitlines())}
     return seen.__getitem__
 
 

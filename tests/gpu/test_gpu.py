@@ -1,4 +1,4 @@
-"""What only a GPU can show, most basic first, in under 8 minutes on one card; every line is printed at once:
+"""Tests that need a GPU, most basic first, in under 8 minutes on one card; every line is printed at once:
 
     python -m pytest -m gpu tests/gpu -n 0 -s
 
@@ -43,20 +43,20 @@ FAMILIES = ("llama", "gemma3_text", "qwen3", "phi3", "mixtral")
 LENGTHS = [61, 40, 38, 23, 22, 21, 7]
 BEGAN = time.monotonic()
 CLOSE = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (2e-2, 0.1), torch.float16: (5e-3, 0.03)}
-"""How far loss and gradients may be from the CPU's in fp32, relatively."""
+"""Largest relative differences of loss and gradients from the CPU's in fp32."""
 
 
-def say(*told: Any) -> None:
-    """A killed command still tells what it found."""
-    print(f"[{time.monotonic() - BEGAN:6.1f} s]", *told, flush=True)
+def say(*parts: Any) -> None:
+    """Prints at once, so that a killed command still shows its results."""
+    print(f"[{time.monotonic() - BEGAN:6.1f} s]", *parts, flush=True)
 
 
 @pytest.fixture(scope="module")
 def device(request: pytest.FixtureRequest) -> torch.device:
-    asked = torch.device(request.config.getoption("--device"))
-    if asked.type == "cuda" and not torch.cuda.is_available():
+    requested = torch.device(request.config.getoption("--device"))
+    if requested.type == "cuda" and not torch.cuda.is_available():
         pytest.skip("there is no CUDA device; --device=cpu tries these tests out")
-    return asked
+    return requested
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def cuda(device: torch.device) -> torch.device:
 
 
 def step_dtypes(device: torch.device) -> list[torch.dtype]:
-    """16 bits that the device computes."""
+    """The 16-bit dtypes that the device computes."""
     if device.type == "cpu":
         return [torch.bfloat16]
     ampere = torch.cuda.get_device_capability(device)[0] >= 8
@@ -137,12 +137,12 @@ def step(of: Adapted, level: Checkpointing = Checkpointing.none, *, strict: bool
     return float(loss), {name: p.grad.float().cpu() for name, p in of.model.named_parameters() if p.grad is not None}
 
 
-def far(found: Gradients, wanted: Gradients) -> float:
-    return max(float((found[name] - wanted[name]).norm() / (wanted[name].norm() + 1e-12)) for name in wanted)
+def far(gradients: Gradients, expected: Gradients) -> float:
+    return max(float((gradients[name] - expected[name]).norm() / (expected[name].norm() + 1e-12)) for name in expected)
 
 
-def equal(found: Gradients, wanted: Gradients) -> bool:
-    return all(torch.equal(found[name], wanted[name]) for name in wanted)
+def equal(gradients: Gradients, expected: Gradients) -> bool:
+    return all(torch.equal(gradients[name], expected[name]) for name in expected)
 
 
 def test_versions_and_kernels(device: torch.device) -> None:
@@ -173,8 +173,8 @@ def test_bytes_loss_and_gradients_are_the_cpus(architecture: str, device: torch.
         if dtype is not torch.float32:
             reference = adapted(architecture, cpu, torch.float32, rounded=dtype)
             here = adapted(architecture, device, dtype)
-        (wanted, wanted_gradients), (found, gradients) = step(reference), step(here)
-        off, gradients_off = abs(found - wanted) / wanted, far(gradients, wanted_gradients)
+        (expected, expected_gradients), (loss, gradients) = step(reference), step(here)
+        off, gradients_off = abs(loss - expected) / expected, far(gradients, expected_gradients)
         same = equal(step(here, Checkpointing.full)[1], gradients)
         say(f"  {str(dtype)[6:]:9} loss off {off:.1e}, gradients {gradients_off:.1e}, computed again equal: {same}")
         most, most_of_gradients = CLOSE[dtype]
@@ -187,7 +187,7 @@ def test_bytes_loss_and_gradients_are_the_cpus(architecture: str, device: torch.
 def test_the_host_waits_for_no_micro_batch(cuda: torch.device) -> None:
     dtype = step_dtypes(cuda)[0]
     of = adapted("llama", cuda, dtype)
-    step(of)  # what is compiled and asked of the device once
+    step(of)  # compilation and queries that happen only once
     rows = batch(torch.device("cpu"))
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -239,7 +239,7 @@ def adapter(root: Path) -> bytes:
 
 
 class Killed(LanguageModeling):
-    """Ends its process in the third step, once."""
+    """Kills its process in the third step, once."""
 
     def losses(self, model: Any, micro: MicroBatch) -> RowLosses:
         mark = Path(os.environ["LLMFT_TEST_KILLED"])
@@ -262,19 +262,19 @@ def test_a_run_gives_the_same_bytes_again_and_after_a_kill(device: torch.device,
             cwd=tmp_path,
             LLMFT_TEST_KILLED=str(tmp_path / "calls"),
         )
-        done = run()
-        assert done.returncode == (-9 if name == "killed" else 0), done.stderr
+        result = run()
+        assert result.returncode == (-9 if name == "killed" else 0), result.stderr
         if name == "killed":
-            done = run()
-            assert done.returncode == 0, done.stderr
-            assert "resumed" in done.stdout
+            result = run()
+            assert result.returncode == 0, result.stderr
+            assert "resumed" in result.stdout
     same = {name: adapter(tmp_path / name) == adapter(tmp_path / "one") for name in ("two", "killed")}
     say("equal bytes:", same, status(tmp_path / "one").get("not_deterministic", "all operations deterministic"))
     assert all(same.values())
 
 
 class Hungry(LanguageModeling):
-    """Asks for more memory than there is as long as it gets more than two rows."""
+    """Runs out of memory as long as it gets more than two rows."""
 
     refused: ClassVar[list[str]] = []
 
@@ -292,10 +292,10 @@ def test_a_run_without_memory_goes_on_with_less(device: torch.device, tmp_path: 
     Hungry.refused.clear()
     more = ["trusted_packages=[tests]", "task.objective=tests.gpu.test_gpu.Hungry", f"output_dir={tmp_path}"]
     train(compose(*options(device, *more)), quiet=True)
-    found = status(tmp_path)
-    say("out of memory:", Hungry.refused, found["out_of_memory"])
-    assert found["status"] == "done"
-    assert [note["to"] for note in found["out_of_memory"]] == [2]
+    record = status(tmp_path)
+    say("out of memory:", Hungry.refused, record["out_of_memory"])
+    assert record["status"] == "done"
+    assert [note["to"] for note in record["out_of_memory"]] == [2]
 
 
 def losses_of(root: Path) -> list[float]:
@@ -304,12 +304,12 @@ def losses_of(root: Path) -> list[float]:
 
 
 def test_fp16_scales_its_losses(cuda: torch.device, tmp_path: Path) -> None:
-    whole = ["lora.modules_to_save=[lm_head]", "trainer.max_steps=24", f"output_dir={tmp_path}"]
-    train(compose(*options(cuda, "trainer.precision=fp16", *whole)), quiet=True)
-    found = losses_of(tmp_path)
-    say("fp16 losses", [round(loss, 3) for loss in found])
-    assert len(found) == 24
-    assert found[-1] < found[0]
+    overrides = ["lora.modules_to_save=[lm_head]", "trainer.max_steps=24", f"output_dir={tmp_path}"]
+    train(compose(*options(cuda, "trainer.precision=fp16", *overrides)), quiet=True)
+    losses = losses_of(tmp_path)
+    say("fp16 losses", [round(loss, 3) for loss in losses])
+    assert len(losses) == 24
+    assert losses[-1] < losses[0]
 
 
 def test_compiled_layers_give_the_same_losses(cuda: torch.device, tmp_path: Path) -> None:
@@ -358,6 +358,6 @@ def test_the_peak_is_what_was_estimated(level: Checkpointing, device: torch.devi
     peak = max(line["memory/peak_gib"] for line in timing if "memory/peak_gib" in line)
     memory = StepMemory(config, model_config(config.model, locate(config.model)), step_dtypes(device)[0], device.type)
     estimate = memory.at(4096, 48, 4096 // 20, level)
-    wanted = (estimate.total - (estimate.libraries if device.type == "cuda" else 0)) / 2**30
-    say(f"peak {peak:.2f} GiB, estimated {wanted:.2f} GiB, gradient checkpointing {level.value}")
-    assert device.type == "cpu" or 0.7 < peak / wanted < 1.3
+    expected = (estimate.total - (estimate.libraries if device.type == "cuda" else 0)) / 2**30
+    say(f"peak {peak:.2f} GiB, estimated {expected:.2f} GiB, gradient checkpointing {level.value}")
+    assert device.type == "cpu" or 0.7 < peak / expected < 1.3

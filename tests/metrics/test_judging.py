@@ -28,7 +28,7 @@ def test_a_directory_is_a_reward_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("judges", "message"),
     [
         ("llmft.metrics.rewards.exact_anser", "did you mean"),
         ("os.system", "only llmft.metrics.rewards"),
@@ -39,9 +39,9 @@ def test_a_directory_is_a_reward_run(tmp_path):
         ([EXACT, EXACT], "two judges are called"),
     ],
 )
-def test_what_cannot_judge_is_refused(given, message):
+def test_what_cannot_judge_is_refused(judges, message):
     with pytest.raises(ConfigError, match=message):
-        judges_of(given)
+        judges_of(judges)
 
 
 def test_several_judges_need_a_combination_and_names_that_it_knows():
@@ -64,5 +64,5 @@ def test_scores_of_reward_runs_become_probabilities_where_the_rule_wants_them(tm
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
     judges = judges_of({"safety": str(tmp_path / "a"), "helpful": str(tmp_path / "b")})
-    found = combine_scores("llmft.metrics.rewards.llama2", judges, {"safety": [-5.0, 3.0], "helpful": [2.0, 0.0]})
-    assert found.tolist() == pytest.approx([0.0066928509, 0.5], abs=1e-9)
+    combined = combine_scores("llmft.metrics.rewards.llama2", judges, {"safety": [-5.0, 3.0], "helpful": [2.0, 0.0]})
+    assert combined.tolist() == pytest.approx([0.0066928509, 0.5], abs=1e-9)

@@ -28,15 +28,15 @@ def test_logloss_is_scikit_learns_to_one_in_a_billion(seed: int) -> None:
 
 
 def test_a_class_given_no_chance_costs_what_the_competition_charges() -> None:
-    found = classification.logloss([0, 1], np.asarray([[0.0, 1.0], [0.0, 1.0]]))
-    assert found == pytest.approx(-math.log(1e-15) / 2, rel=1e-9)
+    loss = classification.logloss([0, 1], np.asarray([[0.0, 1.0], [0.0, 1.0]]))
+    assert loss == pytest.approx(-math.log(1e-15) / 2, rel=1e-9)
 
 
 def test_a_class_that_is_in_no_row_does_not_shift_the_others() -> None:
     targets, chance = random_case(classes=4)
-    kept = targets < 3
-    direct = -np.log(chance[kept, targets[kept]]).mean()
-    assert classification.logloss(targets[kept], chance[kept]) == pytest.approx(direct, abs=1e-9)
+    present = targets < 3
+    direct = -np.log(chance[present, targets[present]]).mean()
+    assert classification.logloss(targets[present], chance[present]) == pytest.approx(direct, abs=1e-9)
 
 
 def test_area_accuracy_f1_and_calibration_are_torchmetrics() -> None:
@@ -48,12 +48,12 @@ def test_area_accuracy_f1_and_calibration_are_torchmetrics() -> None:
     )
 
     targets, chance = random_case()
-    own, theirs = torch.tensor(targets), torch.tensor(chance)
+    true_classes, theirs = torch.tensor(targets), torch.tensor(chance)
     for ours, reference in (
-        (classification.accuracy, multiclass_accuracy(theirs, own, 7, average="micro")),
-        (classification.macro_f1, multiclass_f1_score(theirs, own, 7, average="macro")),
-        (classification.auc, multiclass_auroc(theirs, own, 7, average="macro")),
-        (classification.calibration_error, multiclass_calibration_error(theirs, own, 7, n_bins=15)),
+        (classification.accuracy, multiclass_accuracy(theirs, true_classes, 7, average="micro")),
+        (classification.macro_f1, multiclass_f1_score(theirs, true_classes, 7, average="macro")),
+        (classification.auc, multiclass_auroc(theirs, true_classes, 7, average="macro")),
+        (classification.calibration_error, multiclass_calibration_error(theirs, true_classes, 7, n_bins=15)),
     ):
         assert ours(targets, chance) == pytest.approx(float(reference), abs=1e-6), ours.__name__
 
@@ -72,8 +72,8 @@ def test_several_classes_are_scored_class_by_class() -> None:
 
     rng = np.random.default_rng(0)
     targets, chance = rng.integers(2, size=(200, 3)), rng.uniform(size=(200, 3))
-    wanted = np.mean([log_loss(targets[:, k], chance[:, k]) for k in range(3)])
-    assert multilabel.logloss(targets, chance) == pytest.approx(wanted, abs=1e-9)
+    expected = np.mean([log_loss(targets[:, k], chance[:, k]) for k in range(3)])
+    assert multilabel.logloss(targets, chance) == pytest.approx(expected, abs=1e-9)
     assert multilabel.auc(targets, chance) == pytest.approx(roc_auc_score(targets, chance, average="macro"))
     assert multilabel.accuracy([[1, 0]], [[0.9, 0.6]]) == 0.0
 
@@ -82,11 +82,11 @@ def test_numbers_are_scored_in_their_own_unit() -> None:
     from scipy.stats import spearmanr
 
     rng = np.random.default_rng(0)
-    own = rng.normal(size=50)
-    found = own + rng.normal(size=50)
+    targets = rng.normal(size=50)
+    predicted = targets + rng.normal(size=50)
     assert regression.rmse([1.0, 3.0], [[1.0], [5.0]]) == pytest.approx(math.sqrt(2))
     assert regression.mae([1.0, 3.0], [[1.0], [5.0]]) == 1.0
-    assert regression.spearman(own, found) == pytest.approx(spearmanr(own, found).statistic)
+    assert regression.spearman(targets, predicted) == pytest.approx(spearmanr(targets, predicted).statistic)
     assert math.isnan(regression.pearson([1.0, 1.0], [1.0, 2.0]))
 
 

@@ -1,4 +1,4 @@
-"""A metric declares beside its definition which direction is better, and everything that depends on it reads that."""
+"""A metric's definition declares which direction is better, and everything that depends on it reads that."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ LESS = ["llmft.metrics.classification.logloss", "llmft.metrics.loss.loss_nats", 
 
 @pytest.fixture
 def mine(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A module of metrics that somebody added."""
+    """A module of metrics that a user added."""
     module = ModuleType("llmft.metrics.mine")
 
     def undeclared(targets: Any, values: Any, weight: float = 1.0) -> float:
@@ -67,7 +67,7 @@ def test_every_metric_declares_its_direction_and_those_of_one_name_the_same() ->
     for path, metric in METRICS.items():
         by_name.setdefault(path.rpartition(".")[2], set()).add(declared(metric))
     assert all(len(directions) == 1 for directions in by_name.values()), by_name
-    # These two describe a policy or a judge; neither more nor less of them is better.
+    # These two describe a policy or a judge; neither direction is better.
     assert {name for name, directions in by_name.items() if None in directions} == {"drift_nats", "length_correlation"}
 
 
@@ -78,9 +78,9 @@ def test_partials_classes_and_instances_declare_what_they_are_made_of() -> None:
         def __call__(self, targets: Any, values: Any) -> float:
             return 0.0
 
-    own = partial(METRICS[LESS[0]])
-    assert (declared(Score), declared(Score()), declared(Score().__call__), declared(own)) == (True, True, None, False)
-    assert declared(higher_is_better(own)) is True
+    metric = partial(METRICS[LESS[0]])
+    assert [declared(of) for of in (Score, Score(), Score().__call__, metric)] == [True, True, None, False]
+    assert declared(higher_is_better(metric)) is True
     assert declared(lower_is_better(lambda targets, values: 0.0)) is False
     assert declared(len) is None
 
@@ -131,12 +131,12 @@ def test_a_contradiction_or_an_unknown_direction_is_refused_before_anything_load
 
 
 def test_a_metric_of_ones_own_says_its_direction_beside_it_or_on_the_command_line(mine: ModuleType) -> None:
-    own = ["task.metrics=[llmft.metrics.mine.undeclared]", "trainer.monitor=val/undeclared"]
-    assert with_mode(compose(*own, "trainer.mode=max")).trainer.mode is Mode.max
+    overrides = ["task.metrics=[llmft.metrics.mine.undeclared]", "trainer.monitor=val/undeclared"]
+    assert with_mode(compose(*overrides, "trainer.mode=max")).trainer.mode is Mode.max
     mine.undeclared.higher_is_better = True
-    assert with_mode(compose(*own, "+task.metric_options.undeclared.weight=2")).trainer.mode is Mode.max
+    assert with_mode(compose(*overrides, "+task.metric_options.undeclared.weight=2")).trainer.mode is Mode.max
     with pytest.raises(ConfigError, match="val/undeclared declares that higher is better"):
-        with_mode(compose(*own, "trainer.mode=min"))
+        with_mode(compose(*overrides, "trainer.mode=min"))
 
 
 def test_auto_leaves_the_key_of_a_run_as_it_was() -> None:
@@ -160,7 +160,7 @@ def test_lightnings_early_stopping_gets_the_metrics_direction() -> None:
 def test_the_weights_handed_over_are_those_of_the_highest_exact_match(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 0.2, 0.9, 0.4 at steps 0, 2 and 4 the 0.9 is taken, and a patience of one stops behind it."""
+    """Of 0.2, 0.9, 0.4 at steps 0, 2 and 4, 0.9 is the best, and a patience of one stops after it."""
     from llmft.metrics import text
 
     values = iter([0.2, 0.9, 0.4, 0.1, 0.1])
@@ -187,8 +187,8 @@ def test_a_search_prefers_what_its_metric_prefers() -> None:
         for value in (0.3, 0.8, 0.1):
             run = type("T", (), {"value": value, "status": "done"})
             search.candidates.append(Candidate(0, 0, {}, [run]))  # type: ignore[list-item]
-        found = search.best()
-        return None if found is None else found.value
+        candidate = search.best()
+        return None if candidate is None else candidate.value
 
     assert (best("val/exact_match"), best("val/loss_nats")) == (0.8, 0.1)
 
@@ -209,8 +209,8 @@ def test_a_blend_climbs_in_the_direction_of_its_metric_and_refuses_one_without(
     for name, noise in (("good", 0.1), ("bad", 5.0)):
         scores = np.stack([1 - truth, truth], 1) + noise * rng.normal(size=(200, 2))
         values = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
-        made = Predictions([f"r{k}" for k in range(200)], ["a", "b"], values, targets=["ab"[k] for k in truth])
-        names.append(str(made.save(tmp_path / name / "predictions" / "val").parent.parent))
+        predictions = Predictions([f"r{k}" for k in range(200)], ["a", "b"], values, targets=["ab"[k] for k in truth])
+        names.append(str(predictions.save(tmp_path / name / "predictions" / "val").parent.parent))
 
     def weights(metric: str) -> list[float]:
         config = BlendConfig(names, Method.hill_climbing, metric=metric, output_dir=str(tmp_path))
@@ -250,8 +250,8 @@ def test_a_report_on_a_metric_of_unknown_direction_asks_for_it(tmp_path: Path) -
         Study(runs)
     assert Study(runs, mode=Mode.min).lower_is_better
     assert not Study(runs, mode=Mode.max).lower_is_better
-    told = [make_run(tmp_path, 1.1, trainer__monitor="val/odd", lora__r=r, trainer__mode="max") for r in (4, 8)]
-    assert not Study(told).lower_is_better  # as it was trained
+    runs = [make_run(tmp_path, 1.1, trainer__monitor="val/odd", lora__r=r, trainer__mode="max") for r in (4, 8)]
+    assert not Study(runs).lower_is_better  # as it was trained
 
 
 def test_a_refit_does_not_take_the_steps_of_the_worst_validation(tmp_path: Path) -> None:

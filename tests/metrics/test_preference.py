@@ -1,4 +1,4 @@
-"""What is said of compared answers, in numbers and in words."""
+"""Metrics of compared answers, and their sentences."""
 
 from __future__ import annotations
 

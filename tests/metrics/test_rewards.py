@@ -1,4 +1,4 @@
-"""Rewards and their combination, against numbers computed elsewhere."""
+"""Rewards and their combination, against independently computed numbers."""
 
 from itertools import combinations
 

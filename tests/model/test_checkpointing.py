@@ -1,4 +1,4 @@
-"""What is kept for a backward changes its memory and none of its numbers."""
+"""Saving less for the backward changes memory and no number."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ def test_loss_and_gradients_are_the_same_to_the_bit_whatever_is_kept(
     overrides: list[str], options: dict[str, Any]
 ) -> None:
     run = prepared(*overrides, **options)
-    wanted = step(at(run, Checkpointing.none))
-    assert len(wanted) > 8
-    found = step(at(run, Checkpointing.full))
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
+    expected = step(at(run, Checkpointing.none))
+    assert len(expected) > 8
+    recomputed = step(at(run, Checkpointing.full))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(recomputed, expected, strict=True))
 
 
 def test_dropout_is_at_work_in_the_comparison_above() -> None:
@@ -71,32 +71,32 @@ def test_dropout_is_at_work_in_the_comparison_above() -> None:
 @pytest.mark.parametrize("quantization", ["none", pytest.param("nf4", marks=pytest.mark.slow)])
 def test_each_level_keeps_less_than_the_one_before(quantization: str) -> None:
     run = prepared(f"quantization={quantization}")
-    peaks, kept = [], []
+    peaks, after_forward = [], []
     for level in LEVELS:
         at(run, level)
         with LiveBytes(resident(run.model)) as bytes_:
             loss = run.losses()
-            kept.append(bytes_.live)
+            after_forward.append(bytes_.live)
             loss.backward()
         peaks.append(bytes_.peak)
         run.model.zero_grad(set_to_none=True)
     assert peaks[0] > peaks[1]
-    assert kept[0] > kept[1]
+    assert after_forward[0] > after_forward[1]
 
 
 def test_offloaded_activations_give_the_same_numbers_and_leave_weights_where_they_are() -> None:
     run = at(prepared("quantization=none", *FRESH), Checkpointing.none)
-    wanted = step(run)
+    expected = step(run)
     offloaded = Offloaded(run.model)
     moved: list[torch.Tensor] = []
-    held: set[int] = set()
+    storages: set[int] = set()
     pack = offloaded.pack_hook
 
     def noted(tensor: torch.Tensor) -> Any:
         packed = pack(tensor)
         if packed[1] is not tensor:
             moved.append(tensor)
-            held.add(packed[1].data_ptr())
+            storages.add(packed[1].data_ptr())
         return packed
 
     offloaded.pack_hook = noted
@@ -105,10 +105,10 @@ def test_offloaded_activations_give_the_same_numbers_and_leave_weights_where_the
     with offloaded:
         loss = run.losses()
     loss.backward()
-    found = [loss.detach(), *(p.grad for p in run.model.parameters() if p.grad is not None)]
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
+    results = [loss.detach(), *(p.grad for p in run.model.parameters() if p.grad is not None)]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(results, expected, strict=True))
     weights = {p.untyped_storage().data_ptr() for p in run.model.parameters()}
-    assert 0 < len(held) < len(moved), "the projections of one input keep it once"
+    assert 0 < len(storages) < len(moved), "the projections of one input keep it once"
     assert all(t.nbytes >= LEAST_OFFLOADED and t.untyped_storage().data_ptr() not in weights for t in moved)
 
 

@@ -30,12 +30,12 @@ def test_layers_compile_without_a_break_and_once_for_all_alike_and_all_lengths(f
     counter = CompileCounter()
     warned: list[str] = []
     assert compile_layers(model, warned.append, backend=counter) == 4
-    found = [loss(model, tokens) for tokens in (16, 24, 40)]
-    found[0].backward()
+    losses = [loss(model, tokens) for tokens in (16, 24, 40)]
+    losses[0].backward()
     assert not warned
     # The first layer's input takes no gradient, the others' do.
     assert counter.frame_count <= 3, "all layers and lengths share their compilations"
-    assert torch.allclose(torch.stack(found), torch.stack(expected), rtol=1e-5)
+    assert torch.allclose(torch.stack(losses), torch.stack(expected), rtol=1e-5)
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
 
 

@@ -101,22 +101,22 @@ def test_experts_are_4_bit_while_they_are_read_as_they_are_afterwards_and_train(
 
     model = saved(family, tmp_path)
     base = load(model)
-    whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    stacks, weights = fused_shapes(whole), dict(whole.named_parameters())
+    unquantized = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    stacks, weights = fused_shapes(unquantized), dict(unquantized.named_parameters())
     assert stacks
     assert not fused_shapes(base)
     matrices = {
         name: weight.numel()
         for name, weight in weights.items()
-        if name.endswith(".weight") and type(whole.get_submodule(name.removesuffix(".weight"))) is torch.nn.Linear
+        if name.endswith(".weight") and type(unquantized.get_submodule(name.removesuffix(".weight"))) is torch.nn.Linear
     }
     matrices.pop("lm_head.weight", None)  # or it is the embedding
-    wanted = sum(shape.numel() for shape in stacks.values()) + sum(matrices.values())
-    assert weight_counts(base)["4-bit"] == wanted
-    assert wanted > 0.75 * sum(weight.numel() for weight in weights.values())
-    quantize_in_place(whole, QuantizationConfig(), torch.float32, [], torch.device("cpu"))
+    expected = sum(shape.numel() for shape in stacks.values()) + sum(matrices.values())
+    assert weight_counts(base)["4-bit"] == expected
+    assert expected > 0.75 * sum(weight.numel() for weight in weights.values())
+    quantize_in_place(unquantized, QuantizationConfig(), torch.float32, [], torch.device("cpu"))
     before = logits(base)
-    assert torch.equal(before, logits(whole))
+    assert torch.equal(before, logits(unquantized))
 
     adapted = adapters.attach(base, LoraConfig(r=2), auto_class="causal_lm", seed=0, name=str(tmp_path)).train()
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
@@ -221,14 +221,14 @@ def test_loading_takes_the_4_bit_size_and_a_few_of_the_largest_stacks(tmp_path: 
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "large", max_shard_size="60MB")
     del model
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", PEAK, str(tmp_path / "large"), str(small.path)],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=True,
     )
-    added, held = json.loads(done.stdout.splitlines()[-1])
+    added, resident = json.loads(result.stdout.splitlines()[-1])
     largest = 8 * 2 * 1792 * 512 * 4  # one layer's gate and up projections in fp32
-    assert added < held + 4 * largest
+    assert added < resident + 4 * largest
     assert added < 8 * largest  # the whole model in fp32 is 12 of them

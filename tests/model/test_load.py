@@ -1,4 +1,4 @@
-"""Model directories: whole ones load, broken ones are named before anything is trained on them."""
+"""Model directories: complete ones load, broken ones are refused before training."""
 
 from __future__ import annotations
 
@@ -168,10 +168,10 @@ def test_a_large_random_model_is_quantised_while_it_is_made(architecture: str, m
         assert not any(tensor.is_meta for tensor in (*base.parameters(), *base.buffers()))
         return bytes_.peak, base(input_ids=torch.arange(8)[None]).logits
 
-    whole, wanted = peak_and_logits()
+    at_once, expected = peak_and_logits()
     monkeypatch.setattr(load, "PIECEMEAL_WEIGHTS", 0)
-    piecemeal, found = peak_and_logits()
-    assert piecemeal < 0.6 * whole
-    assert found.isfinite().all()
-    assert 0.5 < found.std() / wanted.std() < 2, "drawn from the same distribution"
-    assert torch.equal(found, peak_and_logits()[1]), "and from the seed alone"
+    piecemeal, logits = peak_and_logits()
+    assert piecemeal < 0.6 * at_once
+    assert logits.isfinite().all()
+    assert 0.5 < logits.std() / expected.std() < 2, "drawn from the same distribution"
+    assert torch.equal(logits, peak_and_logits()[1]), "and from the seed alone"

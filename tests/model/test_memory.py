@@ -37,11 +37,11 @@ WIDER: dict[str, dict[str, Any]] = {
 }
 _WIDTHS = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "head_dim": 64}
 CORE = ("mistral", "gpt2")
-"""Families that every run of the tests takes; the others are slow."""
+"""Families tested in every run; the others are marked slow."""
 
 
 class Training(SimpleNamespace):
-    """A twin with 256 hidden units and 4 layers, ready to train, and what was estimated for it."""
+    """A twin with 256 hidden units and 4 layers, ready to train, and its estimated memory."""
 
     config: TrainConfig
     memory: StepMemory
@@ -56,14 +56,14 @@ class Training(SimpleNamespace):
             return objective.losses(self.model, self.batch).nll.sum()
 
     def estimate(self, level: Checkpointing | None = None) -> MemoryEstimate:
-        """Of the batch."""
+        """Losses of the batch."""
         rows, longest = self.batch.input_ids.shape
         level = level or Checkpointing(self.config.trainer.gradient_checkpointing)
         return self.memory.at(rows * longest, longest, rows * longest // 4, level)
 
 
 def core_first(architectures: list[str], *more: str) -> list[Any]:
-    """Parameters of a test: those outside CORE are slow."""
+    """Test parameters, those outside CORE marked slow."""
     return [pytest.param(name, *more, marks=() if name in CORE else pytest.mark.slow) for name in architectures]
 
 
@@ -120,7 +120,7 @@ def training(
 
 
 def held_bytes(base: torch.nn.Module) -> int:
-    """Bytes of all weights and of the tensors of their quantisation states; the table that all share is left out."""
+    """Bytes of all weights and their quantisation states without the shared table."""
     total = sum(parameter.nbytes for parameter in base.parameters())
     states = [getattr(parameter, "quant_state", None) for parameter in base.parameters()]
     experts = [module for module in base.modules() if type(module).__name__ == "Bnb4bitParametrization"]
@@ -133,7 +133,7 @@ def held_bytes(base: torch.nn.Module) -> int:
 
 
 def resident(model: torch.nn.Module) -> list[torch.Tensor]:
-    """What is there before a step: weights and buffers."""
+    """Tensors that exist before a step: weights and buffers."""
     return [*model.parameters(), *model.buffers()]
 
 
@@ -164,13 +164,13 @@ class LiveBytes(TorchDispatchMode):
 
 
 def peak_bytes(run: Training) -> int:
-    """What the twin takes at most in a later step: weights, optimizer states, gradients, and all that lives."""
+    """Peak bytes of a later step: weights, optimizer states, gradients, and all live tensors."""
     run.losses().backward()
     gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
     with LiveBytes([*resident(run.model), *gradients]) as live:
         run.losses().backward()
-    held = held_bytes(run.model) if run.config.lora.enabled else run.memory.adapter
-    return held + sum(gradient.nbytes for gradient in gradients) + run.memory.optimizer + live.peak
+    weights = held_bytes(run.model) if run.config.lora.enabled else run.memory.adapter
+    return weights + sum(gradient.nbytes for gradient in gradients) + run.memory.optimizer + live.peak
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -234,13 +234,13 @@ def test_adapter_gradients_and_optimizer_are_exact(optimizer: str) -> None:
 def test_mistral_7b_takes_the_published_bytes() -> None:
     config = compose("model=mistral", "data=alpaca", "data.files=none", "logger=none", "lora.r=16")
     memory = StepMemory(config, model_config(config.model, Located(None, "random")), torch.bfloat16, "cuda")
-    kept, again = (memory.at(16 * 512, 512, 256, level) for level in (Checkpointing.none, Checkpointing.full))
+    without, again = (memory.at(16 * 512, 512, 256, level) for level in (Checkpointing.none, Checkpointing.full))
     assert 3.6e9 < memory.base < 4.3e9
     assert memory.adapter == 4 * 41_943_040
     assert memory.optimizer == 2 * memory.adapter
     # 32 layers' inputs of 8 KiB a token; without checkpointing some 3.5 MB a token.
     assert again.activations / (16 * 512) == pytest.approx(32 * 8192, rel=0.1)
-    assert kept.activations / (16 * 512) == pytest.approx(3.5e6, rel=0.1)
+    assert without.activations / (16 * 512) == pytest.approx(3.5e6, rel=0.1)
     divided = memory.at(16 * 512, 512, 256, Checkpointing.full, num_shards=4).base
     assert divided == (memory.base - memory.scales) // 4 + memory.scales
     assert memory.scales < 0.04 * memory.base

@@ -1,4 +1,4 @@
-"""Mends of what libraries do wrong: each test fails once its mend is no longer needed, and the mend can go."""
+"""Workarounds for library bugs: each test fails once its workaround is no longer needed and can be removed."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def test_transformers_still_leaves_stacked_experts_unquantised() -> None:
 def test_bitsandbytes_still_repacks_the_weights_of_a_layer_that_is_evaluated_on_such_a_cpu() -> None:
     """`keep_packing`."""
 
-    def evaluated(kept: bool) -> bool:
+    def evaluated(mended: bool) -> bool:
         layer: Any = bnb.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4").to("cpu")
-        if kept:
+        if mended:
             keep_packing(layer)
         before = layer.weight.data.clone()
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Files that are quantised already stay as they are: what runs is what the record says."""
+"""Files that are already quantised stay as they are, and the record matches the loaded model."""
 
 from __future__ import annotations
 
@@ -51,9 +51,11 @@ def ran(directory: Path, tmp_path: Path, *more: str) -> tuple[dict[str, Any], st
     return json.loads((run / "environment.json").read_text())["ran"], (run / "log.txt").read_text()
 
 
-@pytest.mark.parametrize(("form", "asked"), [("nf4", "nf4"), ("nf4", "checkpoint"), ("int8", "checkpoint")])
-def test_the_record_says_what_the_model_is(stored: dict[str, Path], tmp_path: Path, form: str, asked: str) -> None:
-    record, log = ran(stored[form], tmp_path, f"quantization={asked}")
+@pytest.mark.parametrize(("form", "quantization"), [("nf4", "nf4"), ("nf4", "checkpoint"), ("int8", "checkpoint")])
+def test_the_record_says_what_the_model_is(
+    stored: dict[str, Path], tmp_path: Path, form: str, quantization: str
+) -> None:
+    record, log = ran(stored[form], tmp_path, f"quantization={quantization}")
     bits = "4-bit" if form == "nf4" else "8-bit"
     assert record["quantization"] == form
     assert record["weights"][bits] > record["weights"]["full"] > 0
@@ -80,16 +82,16 @@ def test_a_quantised_checkpoint_trains_as_the_same_quantisation_of_its_original(
 
 
 @pytest.mark.parametrize(
-    ("form", "asked"),
+    ("form", "quantization"),
     [("nf4", "none"), ("nf4", "int8"), ("nf4", "fp4"), ("int8", "none"), ("int8", "nf4"), (None, "checkpoint")],
 )
 def test_another_quantisation_than_that_of_the_files_is_refused_before_weights_load(
-    stored: dict[str, Path], tmp_path: Path, form: str | None, asked: str, monkeypatch: pytest.MonkeyPatch
+    stored: dict[str, Path], tmp_path: Path, form: str | None, quantization: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llmft.model.assemble.load_base", lambda *_, **__: pytest.fail("weights were loaded"))
     of = [] if form is None else ["model=local", f"model.path={stored[form]}"]
-    with pytest.raises(ConfigError, match=rf"quantization={asked}: .*(are {form}.* already|are not quantised)"):
-        train(compose(*SMALL, *of, f"quantization={asked}", f"output_dir={tmp_path}"), quiet=True)
+    with pytest.raises(ConfigError, match=rf"quantization={quantization}: .*(are {form}.* already|are not quantised)"):
+        train(compose(*SMALL, *of, f"quantization={quantization}", f"output_dir={tmp_path}"), quiet=True)
 
 
 def test_double_quantisation_is_part_of_the_format() -> None:

@@ -1,4 +1,4 @@
-"""Quantised bases on the disk: the same to the bit, never half, never in the way."""
+"""Cached quantised bases: the same to the bit, never half-written, never a reason to fail."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ QUICK = ("mistral", "mixtral")
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of this test, which takes the smallest base too."""
+    """A cache of this test, without a minimum size of bases."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("llmft.model.load.LEAST_WEIGHTS", 1)
     return bases_directory()
 
 
 class Loaded(NamedTuple):
-    """A base, how it came about, and what was warned of."""
+    """A base, whether it was quantised from its files, and the warnings."""
 
     base: Any
     from_files: bool
@@ -57,7 +57,7 @@ class Saved:
     def load(self, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Loaded:
         import bitsandbytes as bnb
 
-        made: list[int] = []
+        quantized: list[int] = []
         warnings: list[str] = []
         arguments: dict[str, Any] = {
             "auto_class": "sequence_classification" if classifies(self.file) else "causal_lm",
@@ -73,10 +73,10 @@ class Saved:
         with monkeypatch.context() as patch:
             for kind in (bnb.nn.Params4bit, bnb.nn.Int8Params):
                 old = kind._quantize
-                patch.setattr(kind, "_quantize", lambda s, d, old=old: made.append(1) or old(s, d))
+                patch.setattr(kind, "_quantize", lambda s, d, old=old: quantized.append(1) or old(s, d))
             base = load_base(self.model, locate(self.model), quantization, **arguments)
         base.config.pad_token_id = 0
-        return Loaded(base, bool(made), warnings)
+        return Loaded(base, bool(quantized), warnings)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def gradients(base: Any, file: dict[str, Any]) -> dict[str, torch.Tensor]:
     model = adapters.attach(base, LoraConfig(r=4), auto_class=auto_class, seed=3, name="x")
     objective: Any = Classification() if classifies(file) else LanguageModeling()
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:  # zero at first, which would hide the other half's gradient
+        if "lora_B" in name:  # zero initially, which would hide the gradient of A
             torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
     objective.losses(model, batch()).nll.sum().backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -116,7 +116,7 @@ def test_a_cached_base_is_the_fresh_one_to_the_bit(
     assert not again.warnings
     assert dict(fresh.base.named_modules()).keys() == dict(again.base.named_modules()).keys()
     for part in ("parameters", "buffers"):
-        old, new = (dict(getattr(made.base, f"named_{part}")()) for made in (fresh, again))
+        old, new = (dict(getattr(loaded.base, f"named_{part}")()) for loaded in (fresh, again))
         assert old.keys() == new.keys()
         assert all(torch.equal(old[name], new[name]) and old[name].dtype == new[name].dtype for name in old)
     assert fresh.base.config.to_diff_dict() == again.base.config.to_diff_dict()
@@ -199,16 +199,16 @@ def test_a_cache_that_cannot_be_written_costs_a_warning(
 ) -> None:
     cache.parent.mkdir(parents=True)
     cache.write_text("a file where the folder should be")
-    made = saved.load(monkeypatch)
-    assert made.from_files
-    assert len(made.warnings) == 1
-    assert "could not be cached" in made.warnings[0]
+    loaded = saved.load(monkeypatch)
+    assert loaded.from_files
+    assert len(loaded.warnings) == 1
+    assert "could not be cached" in loaded.warnings[0]
     cache.unlink()
     usage = shutil.disk_usage(cache.parent)
-    monkeypatch.setattr("shutil.disk_usage", lambda place: usage._replace(free=1000))
-    made = saved.load(monkeypatch)
-    assert len(made.warnings) == 1
-    assert "free" in made.warnings[0]
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
+    loaded = saved.load(monkeypatch)
+    assert len(loaded.warnings) == 1
+    assert "free" in loaded.warnings[0]
     assert not entries()
 
 
@@ -218,9 +218,9 @@ def test_a_write_that_fails_half_way_leaves_nothing(saved: Saved, cache: Path, m
 
     with monkeypatch.context() as patch:
         patch.setattr("transformers.PretrainedConfig.save_pretrained", full)
-        made = saved.load(monkeypatch)
-    assert len(made.warnings) == 1
-    assert "No space left" in made.warnings[0]
+        loaded = saved.load(monkeypatch)
+    assert len(loaded.warnings) == 1
+    assert "No space left" in loaded.warnings[0]
     assert [path.name for path in cache.iterdir()] == [".lock"]
 
 
@@ -237,17 +237,17 @@ def test_the_least_recently_used_leave_for_the_new_and_what_is_too_large_stays_o
     saved.load(monkeypatch, quantization=QuantizationConfig(Form("fp4"), cache_gib=room))
     assert len(entries()) == 2
     assert not saved.load(monkeypatch, quantization=forms[0]).from_files
-    made = saved.load(monkeypatch, quantization=replace(forms[1], cache_gib=1e-6))
-    assert made.from_files
-    assert "quantization.cache_gib" in made.warnings[0]
+    loaded = saved.load(monkeypatch, quantization=replace(forms[1], cache_gib=1e-6))
+    assert loaded.from_files
+    assert "quantization.cache_gib" in loaded.warnings[0]
 
 
 def test_while_another_process_writes_nobody_waits(saved: Saved, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.mkdir(parents=True)
     with filelock.FileLock(cache / ".lock"):
-        made = saved.load(monkeypatch)
-    assert made.from_files
-    assert not made.warnings
+        loaded = saved.load(monkeypatch)
+    assert loaded.from_files
+    assert not loaded.warnings
     assert not entries()
 
 

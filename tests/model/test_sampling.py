@@ -1,4 +1,4 @@
-"""Samples are drawn from softmax(logits / T), and are a function of their own seeds alone."""
+"""Samples are drawn from softmax(logits / T) and depend on their own seeds alone."""
 
 import numpy as np
 import pytest
@@ -21,10 +21,10 @@ def model():
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, bos_token_id=None, eos_token_id=END, pad_token_id=0,
     )  # fmt: skip
-    made = LlamaForCausalLM(config).eval()
+    llama = LlamaForCausalLM(config).eval()
     with torch.no_grad():
-        made.lm_head.weight.mul_(12)  # a random model's tokens are all alike otherwise
-    return made
+        llama.lm_head.weight.mul_(12)  # otherwise a random model's tokens are nearly equally likely
+    return llama
 
 
 def drawn(model, prompts, temperatures, batch_size, seed=0, most=12, **more):
@@ -59,13 +59,13 @@ def test_other_rows_and_other_samples_change_nothing(model):
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_tokens_are_as_frequent_as_the_softmax_says(model, temperature):
     prompt, count = [3, 7, 11], 3000
-    found = drawn(model, [prompt], [temperature] * count, 1, most=1)[0]
+    answers = drawn(model, [prompt], [temperature] * count, 1, most=1)[0]
     with torch.no_grad():
         expected = (model(torch.tensor([prompt])).logits[0, -1].double() / temperature).softmax(-1).numpy() * count
-    seen = np.bincount([answer.ids[0] for answer in found], minlength=VOCABULARY)
-    cell = np.where(expected >= 5, np.arange(VOCABULARY), VOCABULARY)  # rare tokens share one
-    seen, wanted = np.bincount(cell, seen), np.bincount(cell, expected)
-    assert scipy.stats.chisquare(seen[wanted > 0], wanted[wanted > 0]).pvalue > 0.001
+    seen = np.bincount([answer.ids[0] for answer in answers], minlength=VOCABULARY)
+    cell = np.where(expected >= 5, np.arange(VOCABULARY), VOCABULARY)  # rare tokens share one cell
+    seen, expected = np.bincount(cell, seen), np.bincount(cell, expected)
+    assert scipy.stats.chisquare(seen[expected > 0], expected[expected > 0]).pvalue > 0.001
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-6])
@@ -77,13 +77,13 @@ def test_towards_zero_the_likeliest_token_is_taken(model, temperature):
 
 def test_an_answer_ends_with_its_end_token_or_unfinished_at_the_models_last_position(model):
     rows = [[2] * 60, [2] * 5]
-    found = drawn(model, rows, [1.0] * 8, 8, most=30, context_tokens=64)
-    for prompt, row in zip(rows, found, strict=True):
+    answers = drawn(model, rows, [1.0] * 8, 8, most=30, context_tokens=64)
+    for prompt, row in zip(rows, answers, strict=True):
         for answer in row:
             assert len(answer.ids) <= min(30, 64 - len(prompt))
             assert answer.finished == (answer.ids[-1] == END)
             assert END not in answer.ids[:-1]
-    assert found == drawn(model, rows, [1.0] * 8, 1, most=30, context_tokens=64)
+    assert answers == drawn(model, rows, [1.0] * 8, 1, most=30, context_tokens=64)
 
 
 def test_a_draw_at_the_edge_between_two_tokens_is_not_sure():

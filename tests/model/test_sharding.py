@@ -1,4 +1,4 @@
-"""A base that is divided: each process holds its share of the weights, and has never held more."""
+"""A sharded base: each process holds its share of the weights, and never more."""
 
 from __future__ import annotations
 
@@ -84,9 +84,9 @@ def shares(processes: int, directory: Path, tmp_path: Path) -> list[dict[str, fl
     launch = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", str(tmp_path / "share.py")]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     command = [sys.executable, "-m", *launch, str(directory)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
 
 
 def test_each_process_holds_its_share_of_the_base_and_never_the_whole(directory: Path, tmp_path: Path) -> None:
@@ -104,8 +104,8 @@ def test_a_divided_base_trains_to_the_numbers_of_one_process(directory: Path, tm
     cache = {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
     for name, trainer in (("divided", "fsdp"), ("one", "cpu")):
         how = [f"trainer={trainer}", "trainer.accelerator=cpu", f"output_dir={tmp_path / name}"]
-        done = llmft(*arguments, *how, cwd=tmp_path, timeout=300, **cache)
-        assert done.returncode == 0, done.stderr
+        result = llmft(*arguments, *how, cwd=tmp_path, timeout=300, **cache)
+        assert result.returncode == 0, result.stderr
     runs = [run_directory(tmp_path / name) for name in ("divided", "one")]
     lines = [(run / "metrics.jsonl").read_text().splitlines() for run in runs]
     for divided, one in zip(*(map(json.loads, each) for each in lines), strict=True):

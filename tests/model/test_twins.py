@@ -23,10 +23,10 @@ from tests.model.twins import TWINS
 FILES = {
     path.stem: yaml.safe_load(path.read_text())
     for path in sorted((ROOT / "conf" / "model").glob("*.yaml"))
-    if path.stem not in {"tiny", "local", "tfidf"}  # no language models of others
+    if path.stem not in {"tiny", "local", "tfidf"}  # not causal or masked language models
 }
 RUNNABLE = {name: file for name, file in FILES.items() if not file["requires_remote_code"] and not file["unsupported"]}
-# One file per architecture takes the whole way; the others differ from it in ids and prompts.
+# One file per architecture runs all steps; the others differ from it in ids and prompts.
 FIRST = {file["architecture"]: name for name, file in reversed(RUNNABLE.items())}
 CORE = ("mistral", "llama", "gpt2", "gemma3_text", "mixtral", "falcon", "deberta-v2")
 EACH = [pytest.param(name, marks=() if name in CORE else pytest.mark.slow) for name in sorted(FIRST)]
@@ -77,8 +77,8 @@ def batch() -> MicroBatch:
 def logits(model: Any, file: dict[str, Any]) -> torch.Tensor:
     model.eval()
     with torch.no_grad():
-        found = model(input_ids=batch().input_ids, attention_mask=batch().attention_mask).logits
-    return found if classifies(file) else found[batch().attention_mask.bool()]
+        scores = model(input_ids=batch().input_ids, attention_mask=batch().attention_mask).logits
+    return scores if classifies(file) else scores[batch().attention_mask.bool()]
 
 
 @pytest.mark.parametrize("architecture", EACH)
@@ -119,7 +119,7 @@ def test_all_weights_but_embeddings_head_and_norms_are_4_bit_both_ways(architect
     plain = load(model, Located(None, "random"), file, "none")
     plain.save_pretrained(tmp_path)
     skipped = [*file["skip_modules"], "lm_head", "classifier", "score"]
-    wanted = sum(
+    expected = sum(
         parameter.numel()
         for key, parameter in plain.named_parameters()
         if parameter.ndim >= 2
@@ -129,10 +129,10 @@ def test_all_weights_but_embeddings_head_and_norms_are_4_bit_both_ways(architect
         and ".gate.weight" not in key
     )
     in_place = load(model, Located(None, "random"), file)
-    assert weight_counts(in_place)["4-bit"] == wanted
+    assert weight_counts(in_place)["4-bit"] == expected
     model.init, model.path, model.overrides = ModelInit.pretrained, str(tmp_path), {}
     streamed = load(model, locate(model), file)
-    assert weight_counts(streamed)["4-bit"] == wanted
+    assert weight_counts(streamed)["4-bit"] == expected
     streamed.config.pad_token_id = in_place.config.pad_token_id = 0
     assert torch.equal(logits(streamed, file), logits(in_place, file))
 

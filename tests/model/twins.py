@@ -1,7 +1,7 @@
 """Tiny random twins of every architecture in conf/model, for tests without network.
 
 `AutoConfig.for_model(architecture, **TWINS[architecture])` builds alone, and on top of the `config` of a file in
-conf/model: whatever a file sets that fixes a shape or a token id is set here again. Every linear layer's width is a
+conf/model: all keys of a file that fix a shape or a token id are set here again. Every linear layer's width is a
 multiple of 64, as bitsandbytes' blocks need; special tokens lie inside the vocabulary of 512.
 """
 
@@ -19,7 +19,7 @@ TWINS: dict[str, dict] = {
     "qwen2": {**_FUSED, "max_window_layers": 2},
     "qwen3": {**_LLAMA, "max_window_layers": 2},
     "gemma": {**_LLAMA, "num_key_value_heads": 1, "head_dim": 64},
-    # One layer with a window that test rows outgrow, one without.
+    # One layer with a window shorter than test rows, one without.
     "gemma2": {**_LLAMA, "query_pre_attn_scalar": 32, "sliding_window": 16},
     "gemma3_text": {
         **_LLAMA,

@@ -1,4 +1,4 @@
-"""Chains that run: what is done is not done again, what has changed is, with what depends on it and nothing else."""
+"""Running chains: only changed stages and those that depend on them run again."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ judged: ["rows=${stage:first}", split=validation, samples=2, "temperatures=[1.0]
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    """A directory with a chain of our own."""
+    """A directory with a test chain."""
     (tmp_path / "conf" / "pipeline").mkdir(parents=True)
     (tmp_path / "conf" / "pipeline" / "mine.yaml").write_text(CHAIN)
     return tmp_path / "conf"
@@ -56,9 +56,9 @@ def command(config: Path, output: Path) -> list[str]:
 
 
 def written(output: Path) -> dict[str, int]:
-    """When each file of every run and of its samples was written last, but for logs and locks."""
-    kept = ("adapter_model.safetensors", "samples.parquet")
-    return {str(path.relative_to(output)): path.stat().st_mtime_ns for path in output.rglob("*") if path.name in kept}
+    """Modification times of all files of runs and samples except logs and locks."""
+    names = ("adapter_model.safetensors", "samples.parquet")
+    return {str(path.relative_to(output)): path.stat().st_mtime_ns for path in output.rglob("*") if path.name in names}
 
 
 def weights(output: Path) -> dict[str, bytes]:
@@ -93,8 +93,8 @@ def test_a_done_chain_does_nothing_and_a_changed_stage_runs_with_its_dependants_
 
 
 def test_a_killed_chain_ends_where_it_would_have_ended(config: Path, tmp_path: Path) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run(command(config, whole), check=True, timeout=600)
+    uninterrupted, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(command(config, uninterrupted), check=True, timeout=600)
     for pattern in ("runs/*/checkpoints/*", "runs/*/samples/*/parts/*", "pipelines/mine/pipeline.json"):
         process = subprocess.Popen(command(config, killed), stdout=subprocess.DEVNULL)
         while process.poll() is None and not list(killed.glob(pattern)):
@@ -102,7 +102,7 @@ def test_a_killed_chain_ends_where_it_would_have_ended(config: Path, tmp_path: P
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     subprocess.run(command(config, killed), check=True, timeout=600)
-    assert weights(killed) == weights(whole)
+    assert weights(killed) == weights(uninterrupted)
 
 
 SWEEP = """# @package _global_
@@ -119,15 +119,15 @@ stages:
 def test_a_sweeps_winner_goes_on_and_a_tie_is_said(config: Path, tmp_path: Path) -> None:
     output = tmp_path / "outputs"
     (config / "pipeline" / "mine.yaml").write_text(SWEEP)
-    done = subprocess.run(command(config, output), check=True, timeout=600, capture_output=True, text=True)
+    result = subprocess.run(command(config, output), check=True, timeout=600, capture_output=True, text=True)
     results = record(output)
     assert "lr0.01" in results["rates"]
-    assert "continues with  learning_rate.peak=0.01" in done.stdout
-    assert f"lora.adapter={results['rates']}" in done.stdout.replace("\n", "")
-    same = SWEEP.replace("1e-2,1e-7", "1e-7,1.0001e-7")  # as good as equal
+    assert "continues with  learning_rate.peak=0.01" in result.stdout
+    assert f"lora.adapter={results['rates']}" in result.stdout.replace("\n", "")
+    same = SWEEP.replace("1e-2,1e-7", "1e-7,1.0001e-7")  # nearly equal
     (config / "pipeline" / "mine.yaml").write_text(same)
-    done = subprocess.run(command(config, output), check=True, timeout=600, capture_output=True, text=True)
-    assert "a tie: 1 other is not distinguishable from it" in done.stdout
+    result = subprocess.run(command(config, output), check=True, timeout=600, capture_output=True, text=True)
+    assert "a tie: 1 other is not distinguishable from it" in result.stdout
 
 
 def test_the_chain_from_answers_to_preferences_runs(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A chain is checked before it runs; stages name earlier ones; what they left stands in their overrides."""
+"""A chain is checked before it runs; stages refer to earlier ones, whose outputs enter their overrides."""
 
 import numpy as np
 import pytest
@@ -15,8 +15,8 @@ from tests.conftest import compose
 
 
 def chain(tmp_path, **stages):
-    made = {name: StageConfig(**stage) if stage is not None else None for name, stage in stages.items()}
-    return PipelineConfig(name="test", stages=made, output_dir=str(tmp_path))
+    configs = {name: StageConfig(**stage) if stage is not None else None for name, stage in stages.items()}
+    return PipelineConfig(name="test", stages=configs, output_dir=str(tmp_path))
 
 
 def test_a_stage_needs_what_its_overrides_name(tmp_path):
@@ -58,17 +58,17 @@ def test_mistakes_are_one_sentence(tmp_path, stages, message):
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("stages.nope.x=1", "stages.nope: no such key; choose from sft, dpo."),
         ("+stages.nope.command=train", "stages.nope: no such key; choose from sft, dpo."),
         ("stages.dpo.overides=[seed=1]", "stages.dpo.overides: no such key; choose from command, overrides, sweep."),
     ],
 )
-def test_a_stage_that_is_not_there_is_answered_with_those_that_are(override, told):
+def test_a_stage_that_is_not_there_is_answered_with_those_that_are(override, message):
     with pytest.raises(Exception) as raised:  # noqa: PT011 (Hydra's own)
         compose("pipeline=sft_dpo", override, verb="pipeline", kind=PipelineConfig)
-    assert str(explain(raised.value, PipelineConfig)) == told
+    assert str(explain(raised.value, PipelineConfig)) == message
 
 
 def test_a_stages_overrides_may_be_typed_as_those_of_all_trainings_are():

@@ -1,4 +1,4 @@
-"""Run directories as training leaves them, made up in milliseconds."""
+"""Synthetic run directories as training writes them, made in milliseconds."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _defaults() -> str:
 
 
 def settled(step: int) -> float:
-    """A validation curve that ends level."""
+    """A validation curve that ends flat."""
     return 2.0 * float(np.exp(-step / 8))
 
 
@@ -66,14 +66,14 @@ def make_run(
     run.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     timing = [{"step": s, "train/tokens_per_s": 1000.0, "train/step_s": 0.1, "memory/peak_gib": 0.5} for s in range(80)]
     run.timing_file.write_text("".join(json.dumps(line) + "\n" for line in timing))
-    shared, own = np.random.default_rng(0), np.random.default_rng(taste + int(config["seed"]) * 1000 + 1)
-    base, wobble = shared.exponential(size=num_rows), own.normal(size=num_rows) * 0.02
+    shared, individual = np.random.default_rng(0), np.random.default_rng(taste + int(config["seed"]) * 1000 + 1)
+    base, wobble = shared.exponential(size=num_rows), individual.normal(size=num_rows) * 0.02
     if rows:
         for step, loss in validation:
             tokens = np.full(num_rows, 10.0)
             each = loss * tokens + (base - base.mean() + wobble - wobble.mean()) * tokens * min(loss, 1.0)
-            found = [(i, float(each[i]), 10.0) for i in range(num_rows)]
-            write_row_losses(run.row_losses_file("val", step), found, lambda row: f"rows.jsonl:{row + first_row + 1}")
+            losses = [(i, float(each[i]), 10.0) for i in range(num_rows)]
+            write_row_losses(run.row_losses_file("val", step), losses, lambda row: f"rows.jsonl:{row + first_row + 1}")
     run.samples_file.write_text("".join(json.dumps({"step": best_step, "split": "val", **s}) + "\n" for s in samples))
     after = {"val/loss_nats": best, "val/exact_match": 0.5, **(metrics or {})}
     result = {"before": {}, "after": after, "step": best_step, "steps": STEPS[-1], "seconds": 12.5}

@@ -48,14 +48,14 @@ addEventListener("load", () => setTimeout(() => {
 
 @pytest.fixture(scope="module")
 def browser() -> str:
-    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-    if found is None:
+    executable = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if executable is None:
         pytest.skip(f"no browser found: {', '.join(BROWSERS)}")
-    return found
+    return executable
 
 
 def look(browser: str, page: str, folder: Path, *options: str, width: int = 390) -> dict[str, Any]:
-    """What a frame of `width` pixels with the page says of itself."""
+    """The probe's facts about the page in a frame of `width` pixels."""
     folder.mkdir(exist_ok=True)
     (folder / "page.html").write_text(page.replace("<head>", f"<head>{PROBE}", 1))
     frame = f'<iframe src="page.html" style="width:{width}px;height:900px;border:0"></iframe><pre id="told"></pre>'
@@ -69,11 +69,11 @@ def look(browser: str, page: str, folder: Path, *options: str, width: int = 390)
         "--window-size=1400,1000",
         "--dump-dom",
     ]
-    done = subprocess.run([*command, (folder / "frame.html").as_uri()], capture_output=True, text=True, timeout=90)
-    told = re.search(r'<pre id="told">(.*?)</pre>', done.stdout, re.S)
-    assert told is not None, done.stderr
-    assert told[1], done.stderr
-    return dict(json.loads(html.unescape(told[1])))
+    result = subprocess.run([*command, (folder / "frame.html").as_uri()], capture_output=True, text=True, timeout=90)
+    match = re.search(r'<pre id="told">(.*?)</pre>', result.stdout, re.S)
+    assert match is not None, result.stderr
+    assert match[1], result.stderr
+    return dict(json.loads(html.unescape(match[1])))
 
 
 CLASSES = [f"{'a<b>class' * 5}{number}" for number in range(12)]
@@ -81,7 +81,7 @@ CLASSES = [f"{'a<b>class' * 5}{number}" for number in range(12)]
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A report with every section, and names as long and as bad as they come."""
+    """A report with every section, and very long and hostile names."""
     root = tmp_path_factory.mktemp("study")
     samples = [
         {
@@ -99,8 +99,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
                 value = 1.0 + r / 100 + len(name) / 1e3 + seed / 500
                 run = make_run(root, value, lora__r=r, model__name=name, seed=seed, samples=samples, num_rows=20)
                 values = np.full((20, 12), 1 / 12)
-                made = Predictions([str(row) for row in range(20)], CLASSES, values, targets=[CLASSES[3]] * 20)
-                made.save(run / "predictions" / "val")
+                predictions = Predictions([str(row) for row in range(20)], CLASSES, values, targets=[CLASSES[3]] * 20)
+                predictions.save(run / "predictions" / "val")
                 trials.append(trial(root, run, len(trials), command=f"python -m llmft {'x' * 300}"))
     trials.append(
         {"number": 99, "run": "runs/no", "status": "failed", "error": "e" * 400, "command": "python -m llmft"}
@@ -117,7 +117,7 @@ def test_on_a_phone_the_page_is_whole_readable_and_silent(browser: str, page: st
     assert seen["requests"] == []
     assert seen["scroll"] <= 390
     assert seen["wide"] == []
-    wanted = [
+    expected = [
         "leaderboard",
         "metrics",
         "verdicts",
@@ -130,7 +130,7 @@ def test_on_a_phone_the_page_is_whole_readable_and_silent(browser: str, page: st
         "cost",
         "commands",
     ]
-    assert seen["sections"] == wanted
+    assert seen["sections"] == expected
     assert seen["unnamed"] == 0
     assert seen["tip"]
     assert seen["smallest"] >= 8

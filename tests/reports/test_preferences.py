@@ -1,4 +1,4 @@
-"""What a report says of policies and judges of compared answers."""
+"""Reports of policies and judges of compared answers."""
 
 from __future__ import annotations
 

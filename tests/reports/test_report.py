@@ -1,4 +1,4 @@
-"""A report tells what runs say, whatever state they are in, and nothing that they hold becomes markup or leaks."""
+"""A report shows runs in any state, and none of their contents becomes markup or leaks."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from tests.conftest import ROOT
 from tests.reports.runs import make_run, make_sweep, trial
 
 SAMPLES = [
-    {"where": f"rows.jsonl:{i}", "prompt": f"Tell me of {animal} number {i}", "reference": animal, "generated": told}
-    for i, (animal, told) in enumerate([("cats", "cats"), ("dogs", "cats"), ("cows", "cows")] * 4)
+    {"where": f"rows.jsonl:{i}", "prompt": f"Tell me of {animal} number {i}", "reference": animal, "generated": text}
+    for i, (animal, text) in enumerate([("cats", "cats"), ("dogs", "cats"), ("cows", "cows")] * 4)
 ]
 
 
@@ -50,20 +50,20 @@ def runs_of(root: Path) -> list[Path]:
 
 
 def test_s10_a_grid_gets_mean_spread_and_number_of_seeds_and_seeds_are_no_key(grid: Path) -> None:
-    made = write_report(runs_of(grid), grid / "out")
-    assert made.study.keys == ["lora.r"]
-    assert [line.name for line in made.board] == ["r=4", "r=8"]
+    report = write_report(runs_of(grid), grid / "out")
+    assert report.study.keys == ["lora.r"]
+    assert [line.name for line in report.board] == ["r=4", "r=8"]
     values = [1.0, 1.0056, 0.993]
-    assert made.board[0].mean == pytest.approx(np.mean(values))
-    assert made.board[0].spread == pytest.approx(np.std(values, ddof=1))
-    assert made.board[0].replications == "3 seeds"
-    assert made.board[0].tokens == 8000
-    assert made.verdicts.answer == "r=4 is better than r=8."
+    assert report.board[0].mean == pytest.approx(np.mean(values))
+    assert report.board[0].spread == pytest.approx(np.std(values, ddof=1))
+    assert report.board[0].replications == "3 seeds"
+    assert report.board[0].tokens == 8000
+    assert report.verdicts.answer == "r=4 is better than r=8."
 
 
 def test_page_tables_and_csv_tell_the_same(grid: Path) -> None:
-    made = write_report(runs_of(grid), grid / "out")
-    page, table = made.html.read_text(), (grid / "out" / "report.md").read_text()
+    report = write_report(runs_of(grid), grid / "out")
+    page, table = report.html.read_text(), (grid / "out" / "report.md").read_text()
     for text in (page, table):
         assert "r=4 is better than r=8." in text
         assert "0.9995" in text
@@ -98,10 +98,10 @@ def test_folds_are_replications(tmp_path: Path) -> None:
     for r in (4, 8):
         for fold in range(3):
             make_run(tmp_path, 1.0 + r / 100 + fold / 10, lora__r=r, data__fold=fold, data__num_folds=3)
-    made = write_report(runs_of(tmp_path), tmp_path / "out")
-    assert made.board[0].replications == "1 seed x 3 folds"
-    assert made.study.keys == ["lora.r"]
-    assert made.study.configurations[0].sample("val/loss_nats").training_overlap == pytest.approx(0.5)
+    report = write_report(runs_of(tmp_path), tmp_path / "out")
+    assert report.board[0].replications == "1 seed x 3 folds"
+    assert report.study.keys == ["lora.r"]
+    assert report.study.configurations[0].sample("val/loss_nats").training_overlap == pytest.approx(0.5)
 
 
 def test_folds_rows_are_counted_once_each_and_alike_in_every_sentence(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_folds_rows_are_counted_once_each_and_alike_in_every_sentence(tmp_path: 
             make_run(tmp_path, 1.0 + r / 1e4 + fold / 10, lora__r=r, data__fold=fold, first_row=60 * fold)
     verdicts = write_report(runs_of(tmp_path), tmp_path / "out").verdicts
     assert "Noise of 120 validation rows" in verdicts.basis
-    assert "120 validation rows (paired)" in str([sentence(found) for _, found in verdicts.all])
+    assert "120 validation rows (paired)" in str([sentence(verdict) for _, verdict in verdicts.all])
 
 
 def test_a_log_loss_that_is_the_loss_but_for_rounding_is_shown_once(tmp_path: Path) -> None:
@@ -139,11 +139,11 @@ def test_whatever_lies_in_run_directories_a_report_is_written(tmp_path: Path) ->
     other = make_run(tmp_path, 1.0, seed=12)
     (other / "run.json").write_text('{"status": "done", "result": {"after": {"val/reward": 3.5}, "step": 80}}')
     (tmp_path / "runs" / "empty").mkdir()
-    made = write_report(runs_of(tmp_path), tmp_path / "out")
-    statuses = {failure.status for failure in made.study.failures}
+    report = write_report(runs_of(tmp_path), tmp_path / "out")
+    statuses = {failure.status for failure in report.study.failures}
     assert {"failed", "running", "not started"} <= statuses
-    assert any(good.name in name for line in made.board for name, *_ in line.commands)
-    page = made.html.read_text()
+    assert any(good.name in name for line in report.board for name, *_ in line.commands)
+    page = report.html.read_text()
     assert "out of luck" in page
     assert "aliases are not read" in page
     assert "val/reward 3.500" in page
@@ -164,10 +164,10 @@ def test_a_sweep_of_failures_only_says_why_and_how_to_run_each(tmp_path: Path) -
         },
         {"number": 2},
     ]
-    made = write_report([], tmp_path / "out", sweep=make_sweep(tmp_path, trials))
-    assert [f.cause for f in made.study.failures[:1]] == ["out of memory"]
-    assert len(made.study.failures) == 3
-    page = made.html.read_text()
+    report = write_report([], tmp_path / "out", sweep=make_sweep(tmp_path, trials))
+    assert [f.cause for f in report.study.failures[:1]] == ["out of memory"]
+    assert len(report.study.failures) == 3
+    page = report.html.read_text()
     assert "python -m llmft trial=0" in page
     assert "Is r=4 better than r=8?" in page
 
@@ -177,10 +177,10 @@ def test_pruned_and_twin_trials_are_named_but_not_ranked(tmp_path: Path) -> None
     trials = [
         trial(tmp_path, r, i, status=s) for i, (r, s) in enumerate(zip(runs, ("done", "pruned", "twin"), strict=True))
     ]
-    made = write_report([], tmp_path / "out", sweep=make_sweep(tmp_path, trials))
-    assert [line.num_runs for line in made.board] == [1]
-    assert len(made.study.stopped) == 2
-    assert not made.study.failures
+    report = write_report([], tmp_path / "out", sweep=make_sweep(tmp_path, trials))
+    assert [line.num_runs for line in report.board] == [1]
+    assert len(report.study.stopped) == 2
+    assert not report.study.failures
 
 
 def test_text_of_runs_is_escaped_and_secrets_are_masked_everywhere(tmp_path: Path) -> None:
@@ -197,8 +197,8 @@ def test_text_of_runs_is_escaped_and_secrets_are_masked_everywhere(tmp_path: Pat
     (failed / "run.json").write_text(json.dumps({"status": "failed", "error": evil, "command": evil}))
     runs.append(trial(tmp_path, failed, 2, status="failed", error=evil, overrides=[evil]))
     sweep = make_sweep(tmp_path, runs, question=evil, notes=evil, command=evil)
-    made = write_report([], sweep / "report", sweep=sweep, logbook=tmp_path / "LOGBOOK.md")
-    page = made.html.read_text()
+    report = write_report([], sweep / "report", sweep=sweep, logbook=tmp_path / "LOGBOOK.md")
+    page = report.html.read_text()
     assert page.count("<script>") == 1
     assert "<img" not in page
     for path in [*sweep.rglob("*.*"), tmp_path / "LOGBOOK.md"]:
@@ -254,9 +254,9 @@ def test_importance_finds_the_key_that_matters_on_a_grid_and_in_a_search(tmp_pat
     for r, high in ((4, 0.0), (8, 0.3)):
         for rate, low in ((1e-3, 0.0), (1e-2, 0.1)):
             make_run(tmp_path / "grid", 1.0 + high + low, lora__r=r, learning_rate__peak=rate)
-    found = importance(Study(runs_of(tmp_path / "grid")))
-    assert list(found) == ["lora.r", "learning_rate.peak"]
-    assert found["lora.r"] == pytest.approx(0.9, abs=0.1), "the textbook's analysis of variance says 0.9"
+    shares = importance(Study(runs_of(tmp_path / "grid")))
+    assert list(shares) == ["lora.r", "learning_rate.peak"]
+    assert shares["lora.r"] == pytest.approx(0.9, abs=0.1), "the textbook's analysis of variance says 0.9"
     rng = np.random.default_rng(0)
     for i in range(24):
         r, rate = int(rng.choice([1, 2, 4, 8, 16])), float(rng.choice([1e-4, 3e-4, 1e-3, 3e-3, 1e-2]))
@@ -267,7 +267,7 @@ def test_importance_finds_the_key_that_matters_on_a_grid_and_in_a_search(tmp_pat
 
 def test_every_metric_that_has_rows_tells_what_each_row_adds_to_it(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    texts = [{**s, "scores": {"rouge_l": place / 12}} for place, s in enumerate(SAMPLES)]
+    texts = [{**s, "scores": {"rouge_l": number / 12}} for number, s in enumerate(SAMPLES)]
     targets = rng.integers(0, 2, 60)
     values = rng.dirichlet([1, 1], 60) + 0.5 * np.eye(2)[targets]
     values /= values.sum(axis=1, keepdims=True)
@@ -277,11 +277,11 @@ def test_every_metric_that_has_rows_tells_what_each_row_adds_to_it(tmp_path: Pat
     Predictions([str(i) for i in range(60)], ["a", "b"], values, targets=["ab"[t] for t in targets]).save(
         directory / "predictions" / "val"
     )
-    found = [(i, 10.0, 10.0) for i in range(60)]
+    losses = [(i, 10.0, 10.0) for i in range(60)]
     path = directory / "row_losses" / "val-00000080.parquet"
     margins = {"margin": rng.permutation(np.arange(60.0) / 59)}
     write_row_losses(
-        path, found, lambda row: f"rows.jsonl:{row}", groups=[str(i // 6) for i in range(60)], scores=margins
+        path, losses, lambda row: f"rows.jsonl:{row}", groups=[str(i // 6) for i in range(60)], scores=margins
     )
     run = RunRecord(directory)
     for metric, rows in (("loss_nats", 10), ("margin", 10), ("rouge_l", 2), ("exact_match", 2), ("auc", 60)):
@@ -351,8 +351,8 @@ def test_runs_are_found_by_glob_sweep_and_output_directory(grid: Path) -> None:
     assert select_runs(str(grid), None, grid).runs == runs
     assert select_runs(None, None, grid).runs == runs
     sweep = make_sweep(grid, [trial(grid, runs[0])])
-    found = select_runs(None, None, grid)
-    assert (found.sweep, found.directory, found.logbook) == (sweep, sweep, grid / "LOGBOOK.md")
+    inputs = select_runs(None, None, grid)
+    assert (inputs.sweep, inputs.directory, inputs.logbook) == (sweep, sweep, grid / "LOGBOOK.md")
     assert select_runs(None, sweep.name, grid).sweep == sweep
     assert select_runs([str(sweep)], None, grid).sweep == sweep
     for wrong in ({"runs": ["nowhere*"]}, {"sweep": "none"}):
@@ -370,16 +370,16 @@ def test_a_moved_output_directory_keeps_its_sweeps(grid: Path, tmp_path_factory:
 def test_the_command_answers_without_torch_and_with_one_sentence_where_there_is_nothing(grid: Path) -> None:
     body = "import sys; from llmft.report import main; arguments = {!r}"
     body += "\ntry: main(arguments)\nfinally: print('torch' in sys.modules)"
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", body.format([f"output_dir={grid}"])],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=60,
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("False\n")
-    assert "r=4 is better than r=8" in done.stdout
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith("False\n")
+    assert "r=4 is better than r=8" in result.stdout
     assert (grid / "report" / "report.html").is_file()
     nothing = subprocess.run(
         [sys.executable, "-m", "llmft.report", f"output_dir={grid / 'no'}"],

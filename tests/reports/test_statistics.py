@@ -1,4 +1,4 @@
-"""Verdicts: no winner out of noise, what is there is found, and every claim says what it rests on."""
+"""Verdicts: no winner from noise, real differences are found, and every claim states its basis."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_rows_of_one_group_count_once() -> None:
 def test_what_seeds_do_to_single_rows_is_not_counted_twice() -> None:
     rng = np.random.default_rng(2)
     tokens, base = np.full(500, 20.0), rng.lognormal(size=500)
-    # Two names for one configuration: all that differs between them by rows is the seeds' doing.
+    # Two names for one configuration: all differences between their rows come from the seeds.
     samples = [seeds(name, [losses(base + rng.normal(size=500), tokens) for _ in range(4)]) for name in "ab"]
     variance = row_variance(samples, np.array([1.0, -1.0]))
     assert variance is not None
@@ -209,7 +209,7 @@ def test_published_numbers_rank_is_told_apart_and_quantisation_is_not() -> None:
     assert judged["rank"].winner == "r=4"
     assert "Based on the stated standard deviation of 0.01500" in judged["rank"].basis
     assert judged["quantisation"].winner is None
-    # The same spread measured on two seeds is hardly known, and the first falls too.
+    # The same spread measured on two seeds is very uncertain, and the first falls too.
     few = judge_numbers([Published("r=4", 1.028, 1, 0.015, 2), Published("r=8", 1.08536, 1, 0.015, 2)], mode=Mode.min)
     assert few[""].winner is None
 
@@ -307,7 +307,7 @@ def test_looks_are_spread_over_the_seeds() -> None:
     ids=str,
 )
 def test_sweeps_without_a_difference_rarely_get_a_winner(setting: Setting) -> None:
-    # At a rate of 5%, more than 14 of 150 come once in fifty times.
+    # At a rate of 5%, more than 14 of 150 have a probability of 2%.
     assert false_winners(setting, 150, 7) <= 14 / 150
 
 

@@ -30,11 +30,11 @@ def test_a_run_arrives_whole_over_an_older_state_of_itself(tmp_path: Path) -> No
     make(there, **{".lock": "", ".adapter.1.tmp__half": "x", "STOP": ""})
     (there / "latest").symlink_to("/etc/hostname")
     here = make(tmp_path / "here", checkpoints__step_1="old", **{".lock": "held", "SAVE": ""})
-    held = (here / ".lock").stat().st_ino
+    inode = (here / ".lock").stat().st_ino
     unpack(pack(there), here)
-    kept = {".lock": "held", "SAVE": ""}
-    assert content(here) == {"run.json": "", "checkpoints/step_2": "new", "adapter/weights": "w", **kept}
-    assert (here / ".lock").stat().st_ino == held
+    contents = {".lock": "held", "SAVE": ""}
+    assert content(here) == {"run.json": "", "checkpoints/step_2": "new", "adapter/weights": "w", **contents}
+    assert (here / ".lock").stat().st_ino == inode
 
 
 def test_bytes_that_changed_on_their_way_change_nothing(tmp_path: Path) -> None:

@@ -28,13 +28,13 @@ def make(step: int) -> Checkpoint:
 
 def test_a_checkpoint_comes_back_exactly(tmp_path: Path) -> None:
     saved = make(3)
-    found = load_checkpoint(save_checkpoint(tmp_path, saved))
-    assert found.step == 3
-    assert found.state == saved.state
-    assert torch.equal(found.weights["a.b"], saved.weights["a.b"])
-    assert torch.equal(found.optimizer["a.b"]["exp_avg"], saved.optimizer["a.b"]["exp_avg"])
-    assert found.optimizer["a.b"]["groups"]["n"] == 7
-    assert torch.equal(found.optimizer["a.b"]["groups"]["qmap"], torch.arange(3))
+    loaded = load_checkpoint(save_checkpoint(tmp_path, saved))
+    assert loaded.step == 3
+    assert loaded.state == saved.state
+    assert torch.equal(loaded.weights["a.b"], saved.weights["a.b"])
+    assert torch.equal(loaded.optimizer["a.b"]["exp_avg"], saved.optimizer["a.b"]["exp_avg"])
+    assert loaded.optimizer["a.b"]["groups"]["n"] == 7
+    assert torch.equal(loaded.optimizer["a.b"]["groups"]["qmap"], torch.arange(3))
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "no digest"])
@@ -53,9 +53,9 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(tmp_path: 
     else:
         path.with_suffix(".sha256").unlink()
     warnings: list[str] = []
-    found = newest_sound(tmp_path, warnings.append)
-    assert found is not None
-    assert found.step == 2
+    newest = newest_sound(tmp_path, warnings.append)
+    assert newest is not None
+    assert newest.step == 2
     assert "step 3 is damaged" in warnings[0]
     assert "using step 2" in warnings[0]
     assert path.with_suffix(".bad").exists(), "nothing that was written is thrown away"
@@ -72,9 +72,9 @@ def test_all_damaged_means_starting_again_and_saying_so(tmp_path: Path) -> None:
 def test_a_save_that_was_cut_off_leaves_no_trace(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, make(1))
     (tmp_path / ".step-00000002.safetensors.1.tmp").write_bytes(b"half")
-    found = newest_sound(tmp_path, lambda message: None)
-    assert found is not None
-    assert found.step == 1
+    newest = newest_sound(tmp_path, lambda message: None)
+    assert newest is not None
+    assert newest.step == 1
     assert not list(tmp_path.glob(".*.tmp"))
 
 

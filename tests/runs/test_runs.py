@@ -1,4 +1,4 @@
-"""Run directories: named by their config, locked, never overwriting what is not theirs."""
+"""Run directories: named by their config, locked, never overwriting other files."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ KEYS = {
     "task=classification data=predict_llm data.files=a.csv data.fold=2 lora.r=4": "744bf767f4",
     "data.pseudo_min_confidence=0.9": "adf523f5ca",
 }
-"""Keys of runs that people have on their disks, by the command line. A new key of the config must not change them."""
+"""Keys of existing runs by their command line. A new key of the config must not change them."""
 
 
 def test_a_config_has_the_key_that_it_had_in_earlier_releases_and_other_processes() -> None:
@@ -48,8 +48,8 @@ def test_a_config_has_the_key_that_it_had_in_earlier_releases_and_other_processe
     )
     for hash_seed in ("1", "2"):
         environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
-        told = subprocess.check_output([sys.executable, "-c", code, json.dumps([*KEYS])], cwd=ROOT, env=environment)
-        assert json.loads(told) == KEYS
+        output = subprocess.check_output([sys.executable, "-c", code, json.dumps([*KEYS])], cwd=ROOT, env=environment)
+        assert json.loads(output) == KEYS
 
 
 def test_a_name_cannot_leave_the_output_directory() -> None:
@@ -86,7 +86,7 @@ def test_a_file_in_the_place_of_the_output_directory_is_refused(tmp_path: Path) 
 def _hold(root: Path, ready: object, release: object) -> None:
     run = open_run(compose(f"output_dir={root}"), "0123456789")
     run.lock()
-    run.clear()  # as force=true does; it must still say whose it is
+    run.clear()  # as force=true does; it must still be identifiable
     ready.set()  # type: ignore[attr-defined]
     release.wait(30)  # type: ignore[attr-defined]
 

@@ -57,8 +57,8 @@ def client(address: str) -> Any:
     return openai.OpenAI(base_url=f"{address}/v1", api_key="secret", max_retries=0)
 
 
-def said(client: Any, model: str, **given: Any) -> str:
-    return str(client.chat.completions.create(model=model, messages=ASKED, **given).choices[0].message.content)
+def said(client: Any, model: str, **options: Any) -> str:
+    return str(client.chat.completions.create(model=model, messages=ASKED, **options).choices[0].message.content)
 
 
 def test_every_run_answers_by_its_name_what_predict_says(client: Any, two_runs: list[Path]) -> None:
@@ -85,19 +85,19 @@ def test_eight_at_a_time_are_answered_as_one(client: Any, two_runs: list[Path]) 
 
 def test_limits_and_stops_are_kept(client: Any, two_runs: list[Path]) -> None:
     name = two_runs[0].name
-    given = {"model": name, "prompt": "The fox and", "temperature": 3.0, "seed": 5}
-    answer = client.completions.create(**given, max_tokens=30)
-    whole = answer.choices[0].text
+    options = {"model": name, "prompt": "The fox and", "temperature": 3.0, "seed": 5}
+    answer = client.completions.create(**options, max_tokens=30)
+    full_text = answer.choices[0].text
     assert answer.usage.completion_tokens <= 30
-    stopped = client.completions.create(**given, max_tokens=30, stop=[whole[3:5]]).choices[0]
-    assert stopped.text == whole[: whole.find(whole[3:5])]
+    stopped = client.completions.create(**options, max_tokens=30, stop=[full_text[3:5]]).choices[0]
+    assert stopped.text == full_text[: full_text.find(full_text[3:5])]
     assert stopped.finish_reason == "stop"
-    assert client.completions.create(**given, max_tokens=1).choices[0].finish_reason in ("length", "stop")
-    assert len(client.completions.create(**given, max_tokens=4, n=3).choices) == 3
+    assert client.completions.create(**options, max_tokens=1).choices[0].finish_reason in ("length", "stop")
+    assert len(client.completions.create(**options, max_tokens=4, n=3).choices) == 3
 
 
 @pytest.mark.parametrize(
-    ("given", "status", "message"),
+    ("options", "status", "message"),
     [
         ({"model": "nobody"}, 404, "no run called 'nobody'"),
         ({"temperature": -1}, 400, "temperature=-1: from 0 to 10"),
@@ -120,12 +120,12 @@ def test_limits_and_stops_are_kept(client: Any, two_runs: list[Path]) -> None:
     ],
 )
 def test_a_request_that_cannot_be_answered_is_told_why(
-    client: Any, two_runs: list[Path], given: dict[str, Any], status: int, message: str
+    client: Any, two_runs: list[Path], options: dict[str, Any], status: int, message: str
 ) -> None:
     import openai
 
     with pytest.raises(openai.APIStatusError, match=message) as refused:
-        client.chat.completions.create(**{"model": two_runs[0].name, "messages": ASKED, **given})
+        client.chat.completions.create(**{"model": two_runs[0].name, "messages": ASKED, **options})
     assert refused.value.status_code == status
 
 

@@ -1,4 +1,4 @@
-"""serve with=…: engines of others get a merged run, and their command is theirs."""
+"""serve with=…: other engines get a merged run and are started by their own command."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def nothing_is_merged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(KEY, raising=False)
 
 
-def config(run: Path, engine: ServedBy, **given: Any) -> ServeConfig:
-    return ServeConfig(run=str(run), engine=engine, accelerator="cpu", **given)
+def config(run: Path, engine: ServedBy, **options: Any) -> ServeConfig:
+    return ServeConfig(run=str(run), engine=engine, accelerator="cpu", **options)
 
 
 @pytest.mark.parametrize(
@@ -58,10 +58,10 @@ def test_an_engine_that_is_installed_takes_over_with_the_key_in_its_environment(
         finally:
             os._exit(9)
     assert os.waitpid(child, 0)[1] == 0
-    told = capfd.readouterr().out.splitlines()
+    printed = capfd.readouterr().out.splitlines()
     name = two_runs[0].name
     line = f"--alias {name} --jinja --host 127.0.0.1 --port 1234"
-    assert told == [
+    assert printed == [
         f"LLAMA_API_KEY=\"$LLMFT_API_KEY\" llama-server --model '/models/a b' {line}",
         f"a-secret-of-1-user --model /models/a b {line}",
     ]
@@ -86,7 +86,7 @@ def test_a_missing_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_command_of_transformers_is_one_that_it_takes() -> None:
-    """Parsed by its own parser."""
+    """transformers' own parser accepts its arguments."""
     from transformers.cli.transformers import app
 
     name, *options = engines.PROGRAMS[ServedBy.transformers].command[1:]

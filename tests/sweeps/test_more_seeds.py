@@ -1,4 +1,4 @@
-"""sweep.seeds_until: the sweep spends its trials where the answer is open, and goes on where it was."""
+"""sweep.seeds_until: the sweep adds trials where the result is open, and resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.reports.runs import make_run
 
 
 class Plans:
-    """Makes trials whose runs lie in one directory, and runs them at once."""
+    """Makes trials with runs in one directory, and runs them immediately."""
 
     def __init__(self, root: Path, means: dict[str, float]) -> None:
         self.root, self.means, self.ran = root, means, 0
@@ -37,7 +37,7 @@ class Plans:
 
     def sweep(self, jobs: Sequence[Sequence[str]], **settings: Any) -> Sweep:
         self.settings = SweepConfig(**settings)
-        trials = [self.trial(place, job, job) for place, job in enumerate(jobs)]
+        trials = [self.trial(number, job, job) for number, job in enumerate(jobs)]
         directory = self.root / "sweeps" / "s"
         directory.mkdir(parents=True, exist_ok=True)
         return Sweep(directory, "s", trials, {"lora.r": sorted(self.means)}, "python -m llmft -m")
@@ -46,16 +46,16 @@ class Plans:
         values = dict(override.split("=") for override in trial.arguments)
         r, seed = values["lora.r"], int(values["seed"])
         luck = float(np.random.default_rng([int(r), seed]).normal(0.0, 0.01))
-        made = make_run(self.root / "made", self.means[r] + luck, lora__r=int(r), seed=seed)
+        run = make_run(self.root / "made", self.means[r] + luck, lora__r=int(r), seed=seed)
         trial.run.directory.parent.mkdir(parents=True, exist_ok=True)
-        made.rename(trial.run.directory)
+        run.rename(trial.run.directory)
         trial.run.update(handed_over={})
         trial.mark("done", None)
         self.ran += 1
 
 
 def spend(plans: Plans, **settings: Any) -> dict[str, int]:
-    """Runs all that the source gives; the number of seeds of each value."""
+    """Runs all trials that the source yields; returns the number of seeds of each value."""
     jobs = [[f"lora.r={r}", f"seed={seed}"] for r in plans.means for seed in (0, 1, 2)]
     sweep = plans.sweep(jobs, **settings)
     source = Grid(sweep, plans, jobs, SweepProgress(Screen(quiet=True), len(jobs)))  # type: ignore[arg-type]
@@ -100,7 +100,7 @@ def test_fewer_seeds_than_the_grid_has_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_real_sweep_adds_seeds_and_goes_on_after_the_same_command(tmp_path: Path) -> None:
-    # Alike but for the name of a directory that changes nothing would be one run; so two ranks after four steps.
+    # Configs that differ only in a directory's name would be one run; therefore two ranks after four steps.
     question = ["-m", *SMALL, "lora.r=2,3", "seed=0,1", "sweep.seeds_until=4", "sweep.looks=2", "sweep.workers=1"]
     first = llmft(*question, cwd=tmp_path, timeout=300)
     assert first.returncode == 0, first.stderr

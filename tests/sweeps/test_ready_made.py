@@ -1,4 +1,4 @@
-"""Every file of sweeps/ composes; W&B's agents' command lines run; other launchers of Hydra's do too."""
+"""Every file of sweeps/ composes; command lines of W&B's agents and Hydra's other launchers run."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def test_a_ready_grid_of_preferences_trains_on_the_embedded_pairs_and_is_judged(
     few = [override for override in SMALL if not override.startswith("data.rows")]
     rows = ["data.rows={train: 24, validation: 12, test: 0}", "quantization=none", "task.generate_rows=0", "seed=0,1"]
     grid = ["-m", "--config-dir", str(ROOT / "sweeps"), f"+sweep={name}"]
-    done = llmft(*grid, *few, *FEW, *rows, cwd=tmp_path, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
+    result = llmft(*grid, *few, *FEW, *rows, cwd=tmp_path, timeout=600)
+    assert result.returncode == 0, result.stdout + result.stderr
     (record,) = (tmp_path / "outputs/sweeps").glob("*/sweep.json")
     trials = json.loads(record.read_text())["trials"]
     content = yaml.safe_load((ROOT / "sweeps" / "sweep" / f"{name}.yaml").read_text())
@@ -97,15 +97,15 @@ def test_the_command_line_of_an_agent_logs_into_the_run_that_the_agent_made(tmp_
     command, chosen = agent_command(ROOT / "sweeps" / "wandb" / "grid.yaml")
     agent = {"WANDB_SWEEP_ID": "abc", "WANDB_RUN_ID": "given1", "WANDB_MODE": "offline", "SEED": "0"}
     small = [override for override in SMALL if not override.startswith(("lora.r", "logger"))]
-    done = llmft(*command[3:], *small, cwd=tmp_path, **agent)
-    assert done.returncode == 0, done.stderr
-    assert len(offline_files(tmp_path / "outputs")) == 1, done.stdout
+    result = llmft(*command[3:], *small, cwd=tmp_path, **agent)
+    assert result.returncode == 0, result.stderr
+    assert len(offline_files(tmp_path / "outputs")) == 1, result.stdout
     (file,) = offline_files(tmp_path / "outputs")
-    found = collect(file)
-    assert found["run"].run_id == "given1"
-    assert found["config"]["lora.r"] == chosen["lora.r"]
-    assert f"lora.r={chosen['lora.r']}" in found["config"]["overrides"]
-    # The agent's next trial is one that was done before: it gets its result all the same.
+    run = collect(file)
+    assert run["run"].run_id == "given1"
+    assert run["config"]["lora.r"] == chosen["lora.r"]
+    assert f"lora.r={chosen['lora.r']}" in run["config"]["overrides"]
+    # The agent's next trial was done before and still gets its result.
     again = llmft(*command[3:], *small, cwd=tmp_path, **{**agent, "WANDB_RUN_ID": "given2"})
     assert again.returncode == 0, again.stderr
     files = [collect(path) for path in offline_files(tmp_path / "outputs")]
@@ -124,32 +124,32 @@ def test_every_trial_and_the_sweep_are_runs_of_one_group_and_one_command_uploads
         "tags=[night]",
         "sweep.question='Does the seed matter?'",
     ]
-    done = llmft("-m", *arguments, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    result = llmft("-m", *arguments, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
     root = tmp_path / "all mine"  # a folder's name may hold spaces
-    found = [collect(path) for path in offline_files(root)]
+    trials = [collect(path) for path in offline_files(root)]
     (sweep,) = (root / "sweeps").iterdir()
-    assert len(list(sweep.glob("wandb/offline-run-*/*.wandb"))) == 1, done.stdout
-    (whole,) = [collect(path) for path in sweep.glob("wandb/offline-run-*/*.wandb")]
-    assert {f["run"].run_group for f in [*found, whole]} == {sweep.name}
-    assert [f["run"].job_type for f in found] == ["train", "train"]
-    assert whole["run"].job_type == "sweep"
-    assert len({f["run"].run_id for f in [*found, whole]}) == 3
-    assert all("seed=" in " ".join(json.loads(json.dumps(f["config"]["overrides"]))) for f in found)
-    assert any(key.startswith("trials") for record in whole["history"] for key in record)
-    assert any(key.startswith("report") for record in whole["history"] for key in record)
-    assert "verdicts" in whole["summary"]
-    # The one command, as the shell takes it, hands all folders to W&B.
-    (upload,) = [line for line in done.stdout.splitlines() if "wandb sync" in line and "wandb-offline.txt" in line]
+    assert len(list(sweep.glob("wandb/offline-run-*/*.wandb"))) == 1, result.stdout
+    (sweep_run,) = [collect(path) for path in sweep.glob("wandb/offline-run-*/*.wandb")]
+    assert {f["run"].run_group for f in [*trials, sweep_run]} == {sweep.name}
+    assert [f["run"].job_type for f in trials] == ["train", "train"]
+    assert sweep_run["run"].job_type == "sweep"
+    assert len({f["run"].run_id for f in [*trials, sweep_run]}) == 3
+    assert all("seed=" in " ".join(json.loads(json.dumps(f["config"]["overrides"]))) for f in trials)
+    assert any(key.startswith("trials") for record in sweep_run["history"] for key in record)
+    assert any(key.startswith("report") for record in sweep_run["history"] for key in record)
+    assert "verdicts" in sweep_run["summary"]
+    # The one command, run by the shell, passes all folders to W&B.
+    (upload,) = [line for line in result.stdout.splitlines() if "wandb sync" in line and "wandb-offline.txt" in line]
     (tmp_path / "wandb").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     (tmp_path / "wandb").chmod(0o755)
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    told = subprocess.run(upload, shell=True, cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True)
-    first, *folders = told.stdout.decode().splitlines()
+    uploaded = subprocess.run(upload, shell=True, cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True)
+    first, *folders = uploaded.stdout.decode().splitlines()
     assert first == "sync"
     assert len(folders) == 3
     assert all((tmp_path / folder).is_dir() for folder in folders)
-    # The same command again has nothing to say to W&B.
+    # The same command again logs nothing to W&B.
     llmft("-m", *arguments, cwd=tmp_path)
     assert len(list(sweep.glob("wandb/offline-run-*"))) == 1
 
@@ -172,8 +172,8 @@ def test_the_dashboard_shows_the_swept_keys_of_the_group() -> None:
 def test_a_sweep_by_slurms_launcher_runs_what_is_missing_and_reports(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="the extra llmft[slurm] is not installed")
     launcher = "hydra/launcher=submitit_local"
-    done = llmft("-m", *SMALL, "seed=0,1,2", launcher, cwd=tmp_path, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    result = llmft("-m", *SMALL, "seed=0,1,2", launcher, cwd=tmp_path, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
     (record,) = (tmp_path / "outputs/sweeps").glob("*/sweep.json")
     assert [trial["status"] for trial in json.loads(record.read_text())["trials"]] == ["done"] * 3
     again = llmft("-m", *SMALL, "seed=0,1,2,3", "lora.r=2", launcher, cwd=tmp_path, timeout=300)

@@ -27,14 +27,14 @@ SEEDS = 8
 def test_without_ray_or_a_cluster_there_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "ray.py").write_text("raise ImportError('as if it were not installed')\n")
     arguments = ["-m", "seed=0,1", "hydra/launcher=ray", *SMALL]
-    done = llmft(*arguments, cwd=tmp_path)  # what lies in the working directory is found first
-    assert done.returncode == 2
-    assert 'needs Ray: pip install "llmft[ray]"' in done.stderr
-    assert "Traceback" not in done.stderr
+    result = llmft(*arguments, cwd=tmp_path)  # modules in the working directory are found first
+    assert result.returncode == 2
+    assert 'needs Ray: pip install "llmft[ray]"' in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 class Machine(RemoteWorker):
-    """A machine with files of its own, without a process and without Ray: its methods are called at once."""
+    """A machine with its own files, without a process or Ray: its methods are called directly."""
 
     def __init__(self, home: Path) -> None:
         self.home, self.run, self.orders = home, None, list[dict[str, Any]]()
@@ -82,11 +82,11 @@ def test_a_run_goes_to_a_machine_without_its_files_and_comes_back(tmp_path: Path
 def cluster() -> Iterator[Any]:
     utilities = pytest.importorskip("ray.cluster_utils", reason='Ray is not installed: pip install "llmft[ray]"')
     machine: dict[str, Any] = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 80 * 2**20}
-    made = utilities.Cluster(initialize_head=True, head_node_args={**machine, "include_dashboard": False})
-    made.second = made.add_node(**machine)
-    made.wait_for_nodes()
-    yield made
-    made.shutdown()
+    started = utilities.Cluster(initialize_head=True, head_node_args={**machine, "include_dashboard": False})
+    started.second = started.add_node(**machine)
+    started.wait_for_nodes()
+    yield started
+    started.shutdown()
 
 
 def weights(root: Path) -> dict[str, bytes]:
@@ -99,10 +99,10 @@ SWEEP = ["-m", f"seed={','.join(map(str, range(SEEDS)))}", *SMALL, *MORE]
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The weights of the sweep's runs by the launcher of one machine."""
+    """The weights of the sweep's runs with the launcher of one machine."""
     root = tmp_path_factory.mktemp("local")
-    done = llmft(*SWEEP, f"output_dir={root}", cwd=root, timeout=500)
-    assert done.returncode == 0, done.stderr
+    result = llmft(*SWEEP, f"output_dir={root}", cwd=root, timeout=500)
+    assert result.returncode == 0, result.stderr
     return weights(root)
 
 
@@ -150,6 +150,6 @@ def test_a_dead_head_is_one_sentence_and_the_same_command_goes_on(
     assert running.returncode == 5, printed
     assert "the Ray cluster no longer responds; the same command runs only those again." in " ".join(printed.split())
     assert "Traceback" not in printed
-    done = llmft(*SWEEP, f"output_dir={root}", cwd=root, timeout=500)
-    assert done.returncode == 0, done.stderr
+    result = llmft(*SWEEP, f"output_dir={root}", cwd=root, timeout=500)
+    assert result.returncode == 0, result.stderr
     assert weights(root) == local

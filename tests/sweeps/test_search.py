@@ -1,4 +1,4 @@
-"""A search: its space, its memory, and what a kill leaves of it."""
+"""A search: its space, its memory, and its state after a kill."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ RANK_AND_RATE = ("lora.r=choice(1,4,8)", "learning_rate.peak=tag(log,interval(1e
 )
 def test_a_range_holds_what_hydra_says_it_holds(override: str, values: list[Any] | None) -> None:
     (parameter,) = space_of(override).parameters
-    found = parameter.values()
-    assert found == (None if values is None else pytest.approx(values) if isinstance(values[0], float) else values)
+    listed = parameter.values()
+    assert listed == (None if values is None else pytest.approx(values) if isinstance(values[0], float) else values)
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("lora.r=interval(8,1)", "first number must be below"),
         ("lora.r=tag(log,interval(0,1))", "starts above 0"),
@@ -76,8 +76,8 @@ def test_a_range_holds_what_hydra_says_it_holds(override: str, values: list[Any]
         ("lora.r=8", "nothing to vary"),
     ],
 )
-def test_a_range_that_makes_no_sense_is_refused(override: str, told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_a_range_that_makes_no_sense_is_refused(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         space_of(override)
 
 
@@ -132,7 +132,7 @@ def test_the_points_to_check_take_every_choice_and_both_ends() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "told"),
+    ("key", "value", "message"),
     [
         ("sampler", "tpee", "did you mean tpe?"),
         ("pruner", "medain", "did you mean median?"),
@@ -143,13 +143,13 @@ def test_the_points_to_check_take_every_choice_and_both_ends() -> None:
         ("reduction_factor", 1, "2 or more"),
     ],
 )
-def test_a_wrong_setting_is_answered_with_its_key(key: str, value: Any, told: str) -> None:
+def test_a_wrong_setting_is_answered_with_its_key(key: str, value: Any, message: str) -> None:
     known = key if key != "n_trial" else "n_trials"
-    told = told.replace("hydra.sweeper.", "")
+    message = message.replace("hydra.sweeper.", "")
     with pytest.raises(ConfigError) as error:
         search_settings({"sampler": "tpe", key: value})
     assert str(error.value).startswith(f"hydra.sweeper.{key}")
-    assert told in str(error.value).replace("hydra.sweeper.", "")
+    assert message in str(error.value).replace("hydra.sweeper.", "")
     assert known in SearchConfig.__dataclass_fields__
 
 
@@ -162,7 +162,7 @@ def test_a_grid_over_a_range_without_steps_is_refused() -> None:
 
 
 class Killed(BaseException):
-    """What SIGKILL is to a process."""
+    """Stands for SIGKILL."""
 
 
 class World:
@@ -175,7 +175,7 @@ class World:
         self.root, self.config, self.settings, self.space = root, config, settings, space
         self.clock, self.dies_at = 0, math.inf
         self.trained: list[str] = []
-        self.fails: Callable[[str], bool] = lambda told: False
+        self.fails: Callable[[str], bool] = lambda label: False
 
     def tick(self) -> None:
         self.clock += 1
@@ -194,17 +194,17 @@ class World:
         return final + 1 / step
 
     def train(self, search: Search, trial: Trial) -> None:
-        """As a worker and the supervisor do it together."""
+        """Trains a trial as a worker and the supervisor would."""
         run, monitor = trial.run, self.config.trainer.monitor
         run.directory.mkdir(parents=True, exist_ok=True)
         lines = run.metrics_file.read_text().splitlines() if run.metrics_file.is_file() else []
-        done = len(lines)
+        recorded_steps = len(lines)
         if self.fails(trial.label):
             trial.mark("failed", "no luck", "error")
             return
-        for step in range(max(done, 1), STEPS + 1):
+        for step in range(max(recorded_steps, 1), STEPS + 1):
             metrics = {monitor: self.loss(trial, step)}
-            if step > done:
+            if step > recorded_steps:
                 self.tick()
                 append_line(run.metrics_file, {"step": step, **metrics})
                 self.trained.append(f"{trial.label} {step}")
@@ -257,7 +257,7 @@ def world(root: Path, config: TrainConfig, *overrides: str, **settings: Any) -> 
 
 
 def history(search: Search) -> list[Any]:
-    """All that a study holds of its trials."""
+    """All that a study stores of its trials."""
     return [(t.number, t.state.name, t.params, t.value, t.intermediate_values) for t in search.study.trials]
 
 
@@ -275,14 +275,14 @@ def history(search: Search) -> list[Any]:
 def test_killed_at_every_moment_a_search_ends_as_if_it_had_not_been(
     settings: dict[str, Any], tmp_path: Path, config: TrainConfig
 ) -> None:
-    whole = world(tmp_path / "whole", config, **settings)
-    expected = history(whole.go())
-    for moment in range(1, whole.clock + 1):
+    uninterrupted = world(tmp_path / "whole", config, **settings)
+    expected = history(uninterrupted.go())
+    for moment in range(1, uninterrupted.clock + 1):
         killed = world(tmp_path / f"killed{moment}", config, **settings)
         with pytest.raises(Killed):
             killed.go(dies_at=moment)
         assert history(killed.go()) == expected, moment
-        assert killed.trained == whole.trained, moment
+        assert killed.trained == uninterrupted.trained, moment
 
 
 @pytest.mark.parametrize("moment", [9, 33])
@@ -290,12 +290,12 @@ def test_s7_a_killed_search_repeats_no_suggestion_and_ends_with_as_many_as_asked
     moment: int, tmp_path: Path, config: TrainConfig
 ) -> None:
     settings = {"sampler": "tpe", "startup_trials": 2, "n_trials": 4, "pruner": "median", "pruner_startup_trials": 1}
-    whole = history(world(tmp_path / "whole", config, **settings).go())
+    uninterrupted = history(world(tmp_path / "whole", config, **settings).go())
     killed = world(tmp_path / "killed", config, **settings)
     with pytest.raises(Killed):
         killed.go(dies_at=moment)
     search = killed.go()
-    assert history(search) == whole
+    assert history(search) == uninterrupted
     points = [tuple(trial.params.items()) for trial in search.study.trials]
     assert len(set(points)) == len(points) == 4
     assert len(set(killed.trained)) == len(killed.trained)  # no step was trained twice
@@ -358,7 +358,7 @@ def test_a_configuration_pruned_with_its_first_seed_is_not_trained_with_the_rest
         ("lora.r=8 seed=1", "done"),
         ("lora.r=1 seed=0", "pruned"),
     ]
-    assert searched.trained[-1] == "lora.r=1 seed=0 1"  # the first validation showed it
+    assert searched.trained[-1] == "lora.r=1 seed=0 1"  # which the first validation showed
     again = searched.go()  # it stays pruned, and is no failure
     assert [t.status for t in again.sweep.trials] == ["done", "done", "pruned"]
 
@@ -381,14 +381,14 @@ def test_a_failed_trial_is_tried_again_once_each_time_the_search_is_started(
     tmp_path: Path, config: TrainConfig
 ) -> None:
     searched = world(tmp_path / "w", config, "lora.r=1,4,8", sampler="grid")
-    searched.fails = lambda told: told == "lora.r=4"
+    searched.fails = lambda label: label == "lora.r=4"
     for attempts in (1, 2):
         search = searched.go()
         states = [trial.state.name for trial in search.study.trials]
         assert states.count("FAIL") == attempts
         assert states.count("COMPLETE") == 2
         assert [t.status for t in search.sweep.trials] == ["done", "failed", "done"] or attempts == 2
-    searched.fails = lambda told: False
+    searched.fails = lambda label: False
     search = searched.go()
     assert sorted((t.number, t.label, t.status) for t in search.sweep.trials) == [
         (0, "lora.r=1", "done"),
@@ -457,8 +457,8 @@ SEARCH = [
 
 
 def record_of(root: Path) -> dict[str, Any]:
-    (found,) = (root / "sweeps").glob("*/sweep.json")
-    record: dict[str, Any] = json.loads(found.read_text())
+    (path,) = (root / "sweeps").glob("*/sweep.json")
+    record: dict[str, Any] = json.loads(path.read_text())
     return record
 
 
@@ -488,31 +488,31 @@ def test_a_ready_search_runs(path: Path, tmp_path: Path) -> None:
     few = ["hydra.sweeper.n_trials=3", "trainer.validate_every=1"]
     if "startup_trials" in path.read_text():
         few.append("hydra.sweeper.startup_trials=2")
-    rest = [argument for argument in SMALL if not argument.startswith(("lora.r=", "trainer.validate_every="))]
-    done = llmft(
+    others = [argument for argument in SMALL if not argument.startswith(("lora.r=", "trainer.validate_every="))]
+    result = llmft(
         "-m",
         "--config-dir",
         str(ROOT / "sweeps"),
         f"+optuna={path.stem}",
-        *rest,
+        *others,
         *few,
         f"output_dir={tmp_path}",
         cwd=tmp_path,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert result.returncode == 0, result.stdout + result.stderr
     record = record_of(tmp_path)
     assert {trial["status"] for trial in record["trials"]} <= {"done", "pruned"}
     assert record["search"]["n_trials"] == 3
     best = record["trials"][[t["number"] for t in record["trials"]].index(record["search"]["best"]["trial"])]
-    assert best["command"] in done.stdout
+    assert best["command"] in result.stdout
     assert "hydra.mode=RUN" in best["command"]
 
 
 @pytest.mark.slow
 def test_a_search_killed_at_any_trial_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
-    whole = tmp_path / "whole"
-    done = llmft(*SEARCH, f"output_dir={whole}", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
+    uninterrupted = tmp_path / "whole"
+    result = llmft(*SEARCH, f"output_dir={uninterrupted}", cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
     for number in (0, 1, 3):
         root = tmp_path / f"killed{number}"
         command = [sys.executable, "-m", "llmft", *SEARCH, f"output_dir={root}"]
@@ -531,31 +531,31 @@ def test_a_search_killed_at_any_trial_ends_as_if_it_had_not_been(tmp_path: Path)
         process.wait()
         again = llmft(*SEARCH, f"output_dir={root}", cwd=tmp_path)
         assert again.returncode == 0, again.stdout + again.stderr
-        assert outcome_of(root) == outcome_of(whole)
+        assert outcome_of(root) == outcome_of(uninterrupted)
         assert len(list((root / "runs").iterdir())) == 4
 
 
 @pytest.mark.slow
 def test_a_search_finds_what_is_done_refuses_a_bad_choice_and_lets_no_second_one_in(tmp_path: Path) -> None:
-    done = llmft(*SEARCH, "lora.r=choice(1,-2)", f"output_dir={tmp_path}", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "lora.r=-2" in done.stderr
+    result = llmft(*SEARCH, "lora.r=choice(1,-2)", f"output_dir={tmp_path}", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "lora.r=-2" in result.stderr
     assert not list(tmp_path.glob("runs/*"))
     two = ["-m", *SMALL, "hydra.sweeper.sampler=grid", "lora.r=1,2", f"output_dir={tmp_path}"]
-    for told in ("trial 2/2 done", "was done before"):
-        done = llmft(*[a for a in two if a != "progress=false"], cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        assert told in done.stdout or "best of 2" in done.stdout
-    (found,) = tmp_path.glob("sweeps/*/study.db")
+    for message in ("trial 2/2 done", "was done before"):
+        result = llmft(*[a for a in two if a != "progress=false"], cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert message in result.stdout or "best of 2" in result.stdout
+    (study_file,) = tmp_path.glob("sweeps/*/study.db")
     before = outcome_of(tmp_path)
-    found.unlink()
-    done = llmft(*[a for a in two if a != "progress=false"], cwd=tmp_path)
-    assert done.stdout.count("was done before") == 2
+    study_file.unlink()
+    result = llmft(*[a for a in two if a != "progress=false"], cwd=tmp_path)
+    assert result.stdout.count("was done before") == 2
     assert outcome_of(tmp_path) == before
-    with filelock.FileLock(found.parent / ".lock"):
-        done = llmft(*two, cwd=tmp_path)
-    assert done.returncode == 2
-    assert "another process runs this very search" in done.stderr
+    with filelock.FileLock(study_file.parent / ".lock"):
+        result = llmft(*two, cwd=tmp_path)
+    assert result.returncode == 2
+    assert "another process runs this very search" in result.stderr
 
 
 @pytest.mark.slow
@@ -568,17 +568,17 @@ def test_a_pruned_trial_is_no_failure_and_a_grid_completes_it_to_the_numbers_it_
         "learning_rate.peak=4e-2,1e-4",
     ]
     both = ["-m", *small, "trainer.validate_every=1", f"output_dir={tmp_path / 'both'}"]
-    done = llmft(*both, *search, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
+    result = llmft(*both, *search, cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
     first, second = record_of(tmp_path / "both")["trials"]
     assert (first["status"], second["status"]) == ("done", "pruned")
     run = Run(tmp_path / "both" / second["run"], second["key"])
     assert run.status()["status"] == "pruned"
     assert [json.loads(line)["step"] for line in run.metrics_file.read_text().splitlines()] == [0, 1, 1]
-    done = llmft(*both, "learning_rate.peak=1e-4", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
+    result = llmft(*both, "learning_rate.peak=1e-4", cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
     assert run.done
-    done = llmft(*both[1:-1], "learning_rate.peak=1e-4", f"output_dir={tmp_path / 'alone'}", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
+    result = llmft(*both[1:-1], "learning_rate.peak=1e-4", f"output_dir={tmp_path / 'alone'}", cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
     (alone,) = (tmp_path / "alone" / "runs").iterdir()
     assert Run(alone, "").metrics_file.read_bytes() == run.metrics_file.read_bytes()

@@ -1,4 +1,4 @@
-"""Sweeps: a trial that ends in any way costs itself alone, nothing is done twice, and a trial is the run it is alone.
+"""Sweeps: a failed trial affects no other, nothing is done twice, and a trial equals the same run alone.
 
 The ids S1 to S9 are those of the acceptance suite of sweeps: S1 ten trials with every way to fail, S2 the same command
 again, S3 kills of the whole sweep, S4 two sweeps at once, S5 a name that is taken, S6 starts in the same second,
@@ -53,15 +53,15 @@ if os.environ.get("SABOTAGE"):
         return original(config, **arguments)
     llmft.training.run.train = train
 """
-"""Started with every Python process: what no config can name, since targets are allow-listed."""
+"""Runs at the start of every Python process: failures that no config can name, since targets are allow-listed."""
 
 
 ONE = "sweep.workers=1"
-"""Else the machine's cores would decide which trials are under way when something happens."""
+"""Otherwise the number of cores would decide which trials run at the same time."""
 
 
 def sweep(tmp_path: Path, *arguments: str, timeout: float = 180, sabotage: str = "") -> Any:
-    """Runs a sweep below tmp_path by one worker, with seeds that misbehave as `sabotage` says."""
+    """Runs a sweep below tmp_path with one worker; `sabotage` lists seeds and how they fail."""
     (tmp_path / "sabotage").mkdir(exist_ok=True)
     (tmp_path / "sabotage" / "sitecustomize.py").write_text(SABOTAGE)
     path = os.pathsep.join([str(tmp_path / "sabotage"), str(ROOT)])
@@ -81,8 +81,8 @@ def start(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 def record(root: Path) -> dict[str, Any]:
-    (found,) = (root / "sweeps").glob("*/sweep.json")
-    return json.loads(found.read_text())
+    (path,) = (root / "sweeps").glob("*/sweep.json")
+    return json.loads(path.read_text())
 
 
 def statuses(root: Path) -> list[str]:
@@ -90,7 +90,7 @@ def statuses(root: Path) -> list[str]:
 
 
 def modified(root: Path) -> dict[str, int]:
-    """When the files of every finished run were last written."""
+    """Modification times of the files of every finished run."""
     runs = [
         path.parent for path in (root / "runs").glob("*/run.json") if json.loads(path.read_text())["status"] == "done"
     ]
@@ -126,7 +126,7 @@ def test_s1_s2_every_way_to_fail_costs_one_trial_and_the_same_command_runs_those
             assert expected[number] in trial["error"]
             assert trial["command"] in first.stdout.replace("\n", "")
             assert Path(tmp_path / trial["log"]).is_file()
-    # The command that is named for one trial runs just that one.
+    # The command shown for a trial runs that trial alone.
     again = record(root)["trials"][1]["command"].removeprefix("python -m llmft ")
     monkeypatch.chdir(tmp_path)
     train(compose(*shlex.split(again)), quiet=True)
@@ -162,7 +162,7 @@ def test_s3_a_sweep_killed_again_and_again_runs_each_trial_once_and_leaves_no_pr
 
 
 def wait_for_steps(root: Path, steps: int, process: subprocess.Popen[str]) -> None:
-    """Until the runs below `root` have taken so many optimizer steps together."""
+    """Waits until the runs below `root` have taken `steps` optimizer steps in all."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         if sum(file.read_bytes().count(b"train/loss_nats") for file in root.glob("runs/*/metrics.jsonl")) >= steps:
@@ -180,8 +180,8 @@ def same_files(one: Path, other: Path) -> None:
 def test_s4_two_sweeps_at_once_share_their_trials(tmp_path: Path) -> None:
     one = start(tmp_path, "seed=0,1,2,3", "trainer.max_steps=30")
     two = start(tmp_path, "seed=3,2,1,0,4", "trainer.max_steps=30")
-    told = [process.communicate(timeout=180)[0] for process in (one, two)]
-    assert (one.returncode, two.returncode) == (0, 0), told
+    outputs = [process.communicate(timeout=180)[0] for process in (one, two)]
+    assert (one.returncode, two.returncode) == (0, 0), outputs
     runs = list((tmp_path / "outputs" / "runs").iterdir())
     assert len(runs) == 5
     for run in runs:
@@ -191,7 +191,7 @@ def test_s4_two_sweeps_at_once_share_their_trials(tmp_path: Path) -> None:
             if "train/loss_nats" in r
         ]
         assert steps == list(range(1, 31)), "a trial was trained twice"
-    assert sum(len(re.findall(r"^trial \d/\d done ", text, re.M)) for text in told) == 9
+    assert sum(len(re.findall(r"^trial \d/\d done ", text, re.M)) for text in outputs) == 9
 
 
 def test_s5_a_name_that_another_sweep_has_is_refused_and_its_record_stays(tmp_path: Path) -> None:
@@ -235,36 +235,36 @@ for process in started:
     process.join(60)
 print(found.count(True), [process.exitcode for process in started])
 """
-"""Starts of the front half of a training, all at one moment; forked where no library has threads yet."""
+"""Starts the first half of several trainings at the same moment; forked before any library has threads."""
 
 
 @pytest.mark.parametrize(("seeds", "expected"), [(range(8), 8), ([0] * 8, 1)], ids=["eight runs", "one run"])
 def test_s6_eight_starts_in_one_second_make_as_many_runs_as_there_are_configs(
     seeds: Sequence[int], expected: int, tmp_path: Path
 ) -> None:
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", STARTS, str(tmp_path), *map(str, seeds)],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert done.stdout.strip() == f"{expected} {[0] * 8}", done.stderr
+    assert result.stdout.strip() == f"{expected} {[0] * 8}", result.stderr
     assert len(list((tmp_path / "runs").iterdir())) == expected
 
 
 @pytest.mark.slow
 def test_s8_a_sweep_ends_early_when_all_trials_die_of_one_mistake(tmp_path: Path) -> None:
-    done = sweep(tmp_path, "seed=0,1,2,3,4,5,6", sabotage=",".join(f"{n}:raise" for n in range(7)))
-    assert done.returncode == 5
+    result = sweep(tmp_path, "seed=0,1,2,3,4,5,6", sabotage=",".join(f"{n}:raise" for n in range(7)))
+    assert result.returncode == 5
     assert statuses(tmp_path / "outputs") == ["failed"] * 3 + ["pending"] * 4
-    assert "3 trials in a row failed with the same error" in done.stderr
+    assert "3 trials in a row failed with the same error" in result.stderr
 
 
 def test_s9_a_part_that_cannot_be_built_is_found_before_the_first_trial(tmp_path: Path) -> None:
-    done = sweep(tmp_path, "seed=0", "trainer.monitor=val/loss_nats,val/loss")
-    assert done.returncode == 2
-    assert "trainer.monitor=val/loss: no such metric; did you mean val/loss_nats?" in done.stderr
+    result = sweep(tmp_path, "seed=0", "trainer.monitor=val/loss_nats,val/loss")
+    assert result.returncode == 2
+    assert "trainer.monitor=val/loss: no such metric; did you mean val/loss_nats?" in result.stderr
     assert not (tmp_path / "outputs/runs").exists()
 
 
@@ -274,21 +274,21 @@ def test_a_signal_saves_what_is_under_way_and_the_same_command_goes_on(tmp_path:
     root = tmp_path / "outputs"
     wait_for_steps(root, 5, process)
     process.send_signal(signal.SIGTERM)
-    told = process.communicate(timeout=60)[0]
-    assert process.returncode == 143, told
-    assert "the same command goes on" in told
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 143, output
+    assert "the same command goes on" in output
     assert statuses(root) == ["interrupted", "pending"]
     (run,) = (root / "runs").iterdir()
     assert list((run / "checkpoints").iterdir())
-    done = sweep(tmp_path, *arguments)
-    assert done.returncode == 0, done.stderr
+    result = sweep(tmp_path, *arguments)
+    assert result.returncode == 0, result.stderr
     assert "resumed" in (run / "log.txt").read_text()
 
 
 def test_a_trial_of_a_sweep_is_the_run_it_is_alone_and_says_what_it_reused(tmp_path: Path) -> None:
     arguments = ["lora.dropout=0.1", "sweep.report=false"]
-    done = sweep(tmp_path, *arguments, "lora.r=1,4", "prompt=alpaca_short,plain", "quantization=nf4,none")
-    assert done.returncode == 0, done.stderr
+    result = sweep(tmp_path, *arguments, "lora.r=1,4", "prompt=alpaca_short,plain", "quantization=nf4,none")
+    assert result.returncode == 0, result.stderr
     trials = record(tmp_path / "outputs")["trials"]
     assert len(trials) == 8
     reused = []
@@ -304,8 +304,8 @@ def test_a_trial_of_a_sweep_is_the_run_it_is_alone_and_says_what_it_reused(tmp_p
 
 @pytest.mark.slow
 def test_two_workers_share_the_trials_and_give_the_same_numbers(tmp_path: Path) -> None:
-    done = sweep(tmp_path, "seed=0,1,2,3", "sweep.workers=2")
-    assert done.returncode == 0, done.stderr
+    result = sweep(tmp_path, "seed=0,1,2,3", "sweep.workers=2")
+    assert result.returncode == 0, result.stderr
     logs = [path.read_text().count("--- trial") for path in tmp_path.glob("outputs/sweeps/*/worker-*.log")]
     assert len(logs) == 2
     assert sum(logs) == 4
@@ -318,8 +318,8 @@ def test_two_workers_share_the_trials_and_give_the_same_numbers(tmp_path: Path) 
 @pytest.mark.slow
 def test_a_distributed_trial_of_a_sweep_gives_the_numbers_it_gives_alone(tmp_path: Path) -> None:
     arguments = ["trainer=ddp", "trainer.accelerator=cpu"]
-    done = sweep(tmp_path, *arguments, "seed=1")
-    assert done.returncode == 0, done.stdout + done.stderr
+    result = sweep(tmp_path, *arguments, "seed=1")
+    assert result.returncode == 0, result.stdout + result.stderr
     alone = llmft(*SMALL, *arguments, "seed=1", "output_dir=alone", cwd=tmp_path)
     assert alone.returncode == 0, alone.stderr
     (run,) = (tmp_path / "alone/runs").iterdir()
@@ -345,18 +345,18 @@ def test_a_twin_of_a_known_run_is_stopped_recorded_and_not_run_again(tmp_path: P
     arguments = ["trainer.max_steps=12", "trainer.validate_every=2", "data.split_seed=0"]
     train(compose(*SMALL, *arguments, f"output_dir={tmp_path}/outputs"), quiet=True)
     (reference,) = (tmp_path / "outputs/runs").iterdir()
-    # The same weights by another name of the run: a rate that differs in its last digit.
+    # The same weights under another run name: a rate that differs in its last digit.
     twins = [*arguments, f"sweep.early_stop_if_same_as={reference}", "learning_rate.peak=0.0020000001,0.02"]
     unsaid = sweep(tmp_path, *twins)
     assert unsaid.returncode == 2
     assert "sweep.early_stop_if_same_as needs sweep.early_stop_noise" in unsaid.stderr
     twins.append("sweep.early_stop_noise=0.001")
-    done = sweep(tmp_path, *twins)
-    assert done.returncode == 0, done.stderr
+    result = sweep(tmp_path, *twins)
+    assert result.returncode == 0, result.stderr
     assert statuses(tmp_path / "outputs") == ["twin", "done"]
-    told = record(tmp_path / "outputs")["trials"][0]["error"]
-    assert "for 3 validations in a row" in told
-    assert "at step 6" in told
+    error = record(tmp_path / "outputs")["trials"][0]["error"]
+    assert "for 3 validations in a row" in error
+    assert "at step 6" in error
     before = modified(tmp_path / "outputs")
     again = sweep(tmp_path, *twins)
     assert again.returncode == 0
@@ -368,9 +368,9 @@ def test_memory_after_twenty_trials_is_what_it_was_after_two(tmp_path: Path) -> 
     process = start(tmp_path, f"seed={','.join(map(str, range(22)))}")
     used: dict[int, int] = {}
     while process.poll() is None:
-        done = sum(json.loads(p.read_text()).get("status") == "done" for p in tmp_path.glob("outputs/runs/*/run.json"))
+        reached = [json.loads(p.read_text()).get("status") for p in tmp_path.glob("outputs/runs/*/run.json")]
         for child in psutil.Process(process.pid).children() if process.poll() is None else []:
-            used[done] = child.memory_info().rss
+            used[reached.count("done")] = child.memory_info().rss
         time.sleep(0.05)
     assert process.returncode == 0
     assert used[21] < used[2] * 1.05
@@ -451,21 +451,21 @@ def test_a_container_has_the_memory_and_the_cores_it_was_given(
     assert machine.available_memory() > 1000
 
 
-def until_told(worker: WorkerProcess, event: str) -> list[str]:
-    """What a worker tells until it tells `event`."""
+def events_until(worker: WorkerProcess, event: str) -> list[str]:
+    """A worker's events up to `event`."""
     deadline = time.monotonic() + 60
-    told: list[str] = []
-    while event not in told and time.monotonic() < deadline:
-        told += [fact["event"] for fact in worker.events()]
+    events: list[str] = []
+    while event not in events and time.monotonic() < deadline:
+        events += [fact["event"] for fact in worker.events()]
         time.sleep(0.02)
-    return told
+    return events
 
 
 def test_a_worker_has_a_group_cores_and_a_log_of_its_own(tmp_path: Path) -> None:
     core = min(os.sched_getaffinity(0))
     worker = WorkerProcess.start(tmp_path / "sweep/worker-0.log", WorkerResources({"LLMFT_TRIED": "1"}, cores=[core]))
     worker.order(do="check", configs={})
-    assert until_told(worker, "checked") == ["ready", "checked"]
+    assert events_until(worker, "checked") == ["ready", "checked"]
     assert os.getpgid(worker.process.pid) == worker.process.pid
     assert os.sched_getaffinity(worker.process.pid) == {core}
     assert psutil.Process(worker.process.pid).environ()["LLMFT_TRIED"] == "1"
@@ -543,8 +543,8 @@ def test_a_worker_that_ends_its_trial_before_it_hears_of_the_limit_is_replaced(t
     (tmp_path / "late" / "sitecustomize.py").write_text(LATE)
     path = os.pathsep.join([str(tmp_path / "late"), str(ROOT)])
     limits = ["sweep.time_limit=7s", "sweep.report=false"]
-    done = llmft("-m", *SMALL, "seed=0,1", *limits, cwd=tmp_path, timeout=120, PYTHONPATH=path, LATE="1")
-    assert done.returncode == 0, done.stdout + done.stderr
+    result = llmft("-m", *SMALL, "seed=0,1", *limits, cwd=tmp_path, timeout=120, PYTHONPATH=path, LATE="1")
+    assert result.returncode == 0, result.stdout + result.stderr
     assert statuses(tmp_path / "outputs") == ["done", "done"]
 
 
@@ -576,11 +576,11 @@ def test_null_in_a_list_of_a_sweeps_file_is_null_and_no_word() -> None:
     make_known("train", TrainConfig)
     from hydra_plugins.llmft_sweeping import combinations, parsed  # type: ignore[import-not-found]
 
-    found = combinations(parsed(None, {"prompt.system": [None, "Be brief"], "name": None}, []))
-    assert [job[0] for job in found] == ["prompt.system=null", "prompt.system='Be brief'"]
-    assert all(job[1] == "name=null" for job in found)
-    told = combinations(parsed(None, {"prompt.system": ["Be brief, please", "don't, ever", "[a,b]"]}, []))
-    assert [job[0] for job in told] == [
+    jobs = combinations(parsed(None, {"prompt.system": [None, "Be brief"], "name": None}, []))
+    assert [job[0] for job in jobs] == ["prompt.system=null", "prompt.system='Be brief'"]
+    assert all(job[1] == "name=null" for job in jobs)
+    quoted = combinations(parsed(None, {"prompt.system": ["Be brief, please", "don't, ever", "[a,b]"]}, []))
+    assert [job[0] for job in quoted] == [
         "prompt.system='Be brief, please'",
         "prompt.system='don\\'t, ever'",
         "prompt.system='[a,b]'",
@@ -606,21 +606,21 @@ def test_a_log_that_is_named_says_where_a_trial_broke(tmp_path: Path) -> None:
         screen.log_error(error)
     screen.log_error(ConfigError("lora.r: no."))
     screen.close_log()
-    told = (tmp_path / "log.txt").read_text()
-    assert "Traceback" in told
-    assert "RuntimeError: boom" in told
-    assert told.endswith("lora.r: no.\n")
+    log = (tmp_path / "log.txt").read_text()
+    assert "Traceback" in log
+    assert "RuntimeError: boom" in log
+    assert log.endswith("lora.r: no.\n")
 
 
 def test_what_was_done_before_counts_as_success_when_others_fail_alike() -> None:
     def stopped(earlier: str) -> str | None:
         trials: list[Any] = [SimpleNamespace(status=earlier, error=None)]
-        own = supervisor_of(*trials)
-        trials = own.sweep.trials
+        supervisor = supervisor_of(*trials)
+        trials = supervisor.sweep.trials
         for _ in range(3):
             trials.append(SimpleNamespace(status="failed", error="boom"))
-            own._count_errors(trials[-1])
-        return own.stopped_because
+            supervisor._count_errors(trials[-1])
+        return supervisor.stopped_because
 
     assert stopped("done") is None
     assert stopped("pending") is not None

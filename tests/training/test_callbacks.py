@@ -1,4 +1,4 @@
-"""What a Lightning callback that a user adds gets to see: the same as in any training of Lightning's."""
+"""A user's Lightning callback sees the same as in any other training with Lightning."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HOOKS = [
 
 
 class Recording(Callback):
-    """Notes each hook with Lightning's counts and the batch's index."""
+    """Records each hook with Lightning's counts and the batch's index."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -49,7 +49,7 @@ class Recording(Callback):
 
 
 class Plain(L.LightningModule):
-    """As little as trains by hand."""
+    """A minimal module with manual optimisation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ LISTENS = "+trainer.callbacks.any._target_=lightning.pytorch.callbacks.LambdaCal
 
 
 def watched(monkeypatch: pytest.MonkeyPatch, config: Any, *more: Any) -> Recording:
-    """Trains with callbacks that are handed in behind those of the config."""
+    """Trains with callbacks that are added after those of the config."""
     recording, trainer_of = Recording(), L.Trainer
 
     def trainer(*, callbacks: list[Any], **named: Any) -> L.Trainer:
@@ -145,4 +145,4 @@ def test_the_learning_rate_monitor_logs_every_step_as_llmft_does(small: Callable
     (file,) = run_directory(tmp_path).rglob("metrics.csv")
     with file.open() as lines:
         rates = [line["lr-AdamW"] for line in csv.DictReader(lines) if line["lr-AdamW"]]
-    assert len(rates) == 5  # at the start of training, and behind each step
+    assert len(rates) == 5  # at the start of training, and after each step

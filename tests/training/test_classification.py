@@ -1,4 +1,4 @@
-"""Heads: the last real token, full precision, saved and loaded whole, and nothing carried from run to run."""
+"""Heads: the last real token, full precision, saved and loaded completely, and no state carried between runs."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ CONFIG = LlamaConfig(
 
 
 def batch_of(rows: list[list[int]], answers: int = 0) -> MicroBatch:
-    made = []
+    examples = []
     for number, ids in enumerate(rows):
         labels = [IGNORE] * (len(ids) - answers) + ids[len(ids) - answers :]
-        made.append(Example(ids, labels, Conversation([], f"f:{number}", number % 5)))
-    return collate(made, range(len(rows)), EOS)
+        examples.append(Example(ids, labels, Conversation([], f"f:{number}", number % 5)))
+    return collate(examples, range(len(rows)), EOS)
 
 
 def random_rows(seed: int = 0) -> list[list[int]]:
@@ -56,9 +56,9 @@ def test_a_decoders_head_reads_the_last_real_token_also_when_padding_is_the_end_
     with torch.no_grad():
         together = linear_scores(model, batch_of(rows))
         theirs = model(input_ids=batch_of(rows).input_ids, attention_mask=batch_of(rows).attention_mask).logits
-        for place, row in enumerate(rows):
+        for index, row in enumerate(rows):
             hidden = model.model(input_ids=torch.tensor([row])).last_hidden_state[:, -1]
-            torch.testing.assert_close(together[place : place + 1], model.score(hidden), rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(together[index : index + 1], model.score(hidden), rtol=1e-4, atol=1e-6)
     assert not torch.allclose(together, theirs, atol=1e-3), "transformers takes the token before, so the test can fail"
 
 
@@ -66,9 +66,9 @@ def test_the_head_computes_in_full_precision_under_autocast() -> None:
     layer = FullPrecisionLinear(32, 5)
     states = torch.randn(3, 32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = layer(states.bfloat16())
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, F.linear(states.bfloat16().float(), layer.weight, layer.bias))
+        scores = layer(states.bfloat16())
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, F.linear(states.bfloat16().float(), layer.weight, layer.bias))
 
 
 def test_a_new_head_depends_on_its_seed_alone() -> None:
@@ -98,29 +98,29 @@ def test_one_token_words_have_the_softmax_of_their_log_probabilities() -> None:
     model, words = word_model(), [(10, EOS), (11, EOS), (12, EOS)]
     rows = [[*row, 10, EOS] for row in random_rows()]
     with torch.no_grad():
-        found = LabelWordScorer(words)(model, batch_of(rows, answers=2))
-    for place, row in enumerate(rows):
-        wanted = [log_chance(model, row[:-2], word[0], [10, 11, 12]) for word in words]
-        assert found[place].tolist() == pytest.approx(wanted, abs=1e-4)
+        scores = LabelWordScorer(words)(model, batch_of(rows, answers=2))
+    for index, row in enumerate(rows):
+        expected = [log_chance(model, row[:-2], word[0], [10, 11, 12]) for word in words]
+        assert scores[index].tolist() == pytest.approx(expected, abs=1e-4)
 
 
 def test_longer_words_have_the_product_along_their_way_whatever_word_the_row_came_with() -> None:
     model, words = word_model(), [(10, 20, EOS), (10, 21, EOS), (11, EOS), (10, 20, 22, EOS)]
     prompts = random_rows()
     with torch.no_grad():
-        found = [
+        scores = [
             LabelWordScorer(words)(model, batch_of([[*row, *word] for row in prompts], answers=len(word)))
             for word in words
         ]
-    for other in found[1:]:
-        torch.testing.assert_close(found[0], other, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found[0].exp().sum(dim=1), torch.ones(len(prompts)))
-    for place, row in enumerate(prompts):
+    for other in scores[1:]:
+        torch.testing.assert_close(scores[0], other, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(scores[0].exp().sum(dim=1), torch.ones(len(prompts)))
+    for index, row in enumerate(prompts):
         first = {token: log_chance(model, row, token, [10, 11]) for token in (10, 11)}
         second = {token: log_chance(model, [*row, 10], token, [20, 21]) for token in (20, 21)}
         third = {token: log_chance(model, [*row, 10, 20], token, [EOS, 22]) for token in (EOS, 22)}
-        wanted = [first[10] + second[20] + third[EOS], first[10] + second[21], first[11]]
-        assert found[0][place].tolist() == pytest.approx([*wanted, first[10] + second[20] + third[22]], abs=1e-4)
+        expected = [first[10] + second[20] + third[EOS], first[10] + second[21], first[11]]
+        assert scores[0][index].tolist() == pytest.approx([*expected, first[10] + second[20] + third[22]], abs=1e-4)
 
 
 def test_words_that_tokens_do_not_tell_apart_are_refused() -> None:
@@ -138,10 +138,10 @@ def scores_of(values: torch.Tensor) -> Callable[[Any, MicroBatch], torch.Tensor]
 def test_losses_are_those_of_torch_with_smoothing_in_training_alone() -> None:
     values, batch = torch.randn(4, 5), batch_of(random_rows())
     assert batch.targets is not None
-    made = Classification(Targets(), scores_of(values), label_smoothing=0.2)
-    wanted = F.cross_entropy(values, batch.targets, reduction="none", label_smoothing=0.2)
-    torch.testing.assert_close(made.losses(None, batch).nll, wanted)
-    plain = made.evaluate(None, batch)
+    objective = Classification(Targets(), scores_of(values), label_smoothing=0.2)
+    expected = F.cross_entropy(values, batch.targets, reduction="none", label_smoothing=0.2)
+    torch.testing.assert_close(objective.losses(None, batch).nll, expected)
+    plain = objective.evaluate(None, batch)
     torch.testing.assert_close(plain.nll, F.cross_entropy(values.double(), batch.targets, reduction="none"))
     assert plain.outputs is not None
     torch.testing.assert_close(plain.outputs, values.double().softmax(dim=-1))
@@ -150,19 +150,19 @@ def test_losses_are_those_of_torch_with_smoothing_in_training_alone() -> None:
 def test_several_classes_are_a_mean_of_binary_losses_and_numbers_half_a_squared_error() -> None:
     values, batch = torch.randn(4, 5), batch_of(random_rows())
     batch.targets = torch.tensor(np.eye(5)[:4] + np.eye(5)[1:5]).long()
-    found = Classification(Targets(TaskType.multi_label, list("abcde")), scores_of(values)).evaluate(None, batch)
-    wanted = F.binary_cross_entropy(values.double().sigmoid(), batch.targets.double(), reduction="none").mean(dim=1)
-    torch.testing.assert_close(found.nll, wanted)
+    evaluated = Classification(Targets(TaskType.multi_label, list("abcde")), scores_of(values)).evaluate(None, batch)
+    expected = F.binary_cross_entropy(values.double().sigmoid(), batch.targets.double(), reduction="none").mean(dim=1)
+    torch.testing.assert_close(evaluated.nll, expected)
     batch.targets = torch.tensor([10.0, 14.0, 6.0, 10.0])
     numbers = Classification(Targets(TaskType.regression, ["y"], mean=10.0, scale=4.0), scores_of(torch.zeros(4, 1)))
-    found = numbers.evaluate(None, batch)
-    assert found.nll.tolist() == pytest.approx([0, 0.5, 0.5, 0])
-    assert found.outputs is not None
-    assert found.outputs[:, 0].tolist() == [10.0] * 4
+    evaluated = numbers.evaluate(None, batch)
+    assert evaluated.nll.tolist() == pytest.approx([0, 0.5, 0.5, 0])
+    assert evaluated.outputs is not None
+    assert evaluated.outputs[:, 0].tolist() == [10.0] * 4
 
 
 def test_an_encoders_pooler_and_classifier_stay_unquantised_are_trained_and_saved(tmp_path: Path) -> None:
-    """Also where no file of ours names them: a directory of somebody's model."""
+    """Also for a model directory that no file in conf/model describes."""
     from llmft.config.model import ModelConfig, ModelInit, QuantizationConfig
     from llmft.data.hub import Located
     from llmft.model.load import load_base
@@ -217,15 +217,15 @@ def test_a_run_keeps_its_validation_predictions_and_their_logloss_is_the_one_it_
 ) -> None:
     from sklearn.metrics import log_loss
 
-    found = train(small(*CLASSIFY, "data.rows.test=9", "trainer.monitor=val/logloss"), quiet=True)
+    monitored = train(small(*CLASSIFY, "data.rows.test=9", "trainer.monitor=val/logloss"), quiet=True)
     for name, rows in (("val", 12), ("test", 9)):
-        made = Predictions.load(run_directory(tmp_path) / "predictions" / name)
-        assert len(made.ids) == len(set(made.ids)) == rows
-        assert made.labels == ["Ann", "Ben", "Eve", "Max", "Sue", "Tom", "Zoe"]
-        own = log_loss(made.references(), made.values, labels=range(7))
-        assert np.mean(made.columns["loss_nats"]) == pytest.approx(own, abs=1e-9)
+        predictions = Predictions.load(run_directory(tmp_path) / "predictions" / name)
+        assert len(predictions.ids) == len(set(predictions.ids)) == rows
+        assert predictions.labels == ["Ann", "Ben", "Eve", "Max", "Sue", "Tom", "Zoe"]
+        logloss = log_loss(predictions.references(), predictions.values, labels=range(7))
+        assert np.mean(predictions.columns["loss_nats"]) == pytest.approx(logloss, abs=1e-9)
         if name == "val":
-            assert found == pytest.approx(own, abs=1e-9)
+            assert monitored == pytest.approx(logloss, abs=1e-9)
 
 
 @pytest.mark.slow
@@ -251,7 +251,7 @@ def test_plain_peft_and_transformers_load_the_head(small: Callable[..., Any], tm
 
     train(small(*CLASSIFY, "quantization=none"), quiet=True)
     directory = run_directory(tmp_path)
-    made = Predictions.load(directory / "predictions" / "val")
+    predictions = Predictions.load(directory / "predictions" / "val")
     base = AutoModelForSequenceClassification.from_pretrained(
         peft.PeftConfig.from_pretrained(directory / "adapter").base_model_name_or_path,
         num_labels=7,
@@ -262,14 +262,14 @@ def test_plain_peft_and_transformers_load_the_head(small: Callable[..., Any], tm
     from llmft.data.synthetic import writers
 
     rows = list(writers("validation", 12, 0))
-    for place, row in enumerate(rows):
+    for index, row in enumerate(rows):
         messages = [{"role": "user", "content": f"Who wrote this text?\n\n{row['text']}"}]
         text = tokenizer.apply_chat_template(messages, tokenize=False)
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")
         with torch.no_grad():
             hidden = model.base_model.model.model(**{k: ids[k] for k in ("input_ids", "attention_mask")})[0][:, -1]
             chance = model.base_model.model.score(hidden).double().softmax(dim=-1)[0]
-        assert chance.tolist() == pytest.approx(made.values[place].tolist(), abs=1e-5)
+        assert chance.tolist() == pytest.approx(predictions.values[index].tolist(), abs=1e-5)
 
 
 @pytest.mark.slow
@@ -277,11 +277,11 @@ def test_plain_peft_and_transformers_load_the_head(small: Callable[..., Any], tm
 def test_two_processes_classify_as_one(tmp_path: Path, trainer: str) -> None:
     from tests.conftest import llmft
 
-    own = [*SMALL, *CLASSIFY, "trainer.batch_size=6", "trainer.micro_batch=2"]
+    arguments = [*SMALL, *CLASSIFY, "trainer.batch_size=6", "trainer.micro_batch=2"]
     other = ["trainer.accelerator=cpu", f"trainer={trainer}"]
     for name, more in (("one", []), ("two", other)):
-        done = llmft(*own, *more, f"output_dir={tmp_path}/{name}", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+        result = llmft(*arguments, *more, f"output_dir={tmp_path}/{name}", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
     one, two = (Predictions.load(run_directory(tmp_path / n) / "predictions" / "val") for n in ("one", "two"))
     assert one.ids == two.ids
     np.testing.assert_allclose(one.values, two.values, rtol=1e-4, atol=1e-6)

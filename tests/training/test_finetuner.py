@@ -31,12 +31,12 @@ CONFIG = LlamaConfig(
 
 def examples() -> list[Example]:
     generator = torch.Generator().manual_seed(0)
-    made = []
+    rows = []
     for length, labelled in [(12, 1), (5, 4), (9, 3), (7, 6), (12, 2), (4, 1)]:
         ids = torch.randint(3, 64, (length,), generator=generator).tolist()
         labels = [IGNORE] * (length - labelled) + ids[length - labelled :]
-        made.append(Example(ids, labels, Conversation([], "f:1")))
-    return made
+        rows.append(Example(ids, labels, Conversation([], "f:1")))
+    return rows
 
 
 def model() -> LlamaForCausalLM:
@@ -45,7 +45,7 @@ def model() -> LlamaForCausalLM:
 
 
 def reference_gradient() -> tuple[float, list[torch.Tensor]]:
-    """By the definition: each row alone and unpadded, transformers' full logits, the sum over all by their number."""
+    """(loss, gradients) by definition: each row alone, unpadded, full logits, the sum over all labelled tokens."""
     net = model()
     total, count = torch.zeros(()), 0
     for row in examples():
@@ -75,49 +75,49 @@ def gradient_of(groups: list[list[int]]) -> tuple[float, list[torch.Tensor]]:
     "groups", [[[0, 1, 2, 3, 4, 5]], [[0, 1, 2], [3, 4, 5]], [[0, 5], [1, 4], [2, 3]], [[0], [1], [2], [3], [4], [5]]]
 )
 def test_r11_k_micro_batches_of_b_equal_one_batch_of_k_times_b(groups: list[list[int]]) -> None:
-    wanted_loss, wanted = reference_gradient()
+    expected_loss, expected = reference_gradient()
     loss, gradients = gradient_of(groups)
-    assert loss == pytest.approx(wanted_loss, rel=1e-6)
-    assert len(gradients) == len(wanted)
-    for ours, theirs in zip(gradients, wanted, strict=True):
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert len(gradients) == len(expected)
+    for ours, theirs in zip(gradients, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
 def test_r11_a_mean_of_means_would_be_caught() -> None:
-    wanted, _ = reference_gradient()
+    expected_loss, _ = reference_gradient()
     net, rows = model(), examples()
     means = []
     for row in rows:
         losses = LanguageModeling().losses(net, collate([row], [0], 0))
         means.append(float(losses.nll[0] / losses.counts[0]))
-    assert abs(sum(means) / len(means) - wanted) > 1e-3
+    assert abs(sum(means) / len(means) - expected_loss) > 1e-3
 
 
 def test_row_losses_equal_those_of_each_row_alone_without_padding() -> None:
     net, rows = model(), examples()
     together = LanguageModeling().losses(net, collate(rows, range(len(rows)), 0)).nll
-    for place, row in enumerate(rows):
+    for index, row in enumerate(rows):
         logits = net(input_ids=torch.tensor([row.input_ids])).logits[0, :-1]
         alone = F.cross_entropy(logits, torch.tensor(row.labels[1:]), ignore_index=IGNORE, reduction="sum")
-        assert float(together[place].detach()) == pytest.approx(float(alone.detach()), rel=1e-5)
+        assert float(together[index].detach()) == pytest.approx(float(alone.detach()), rel=1e-5)
 
 
 def test_a_repositorys_own_slice_of_positions_is_not_asked_for_a_mask() -> None:
-    """As code written for older transformers slices: a mask would be taken for something else."""
+    """Slices like code for older transformers, which would misread a mask."""
     net, batch = model(), collate(examples(), range(6), 0)
     new = LanguageModeling().losses(net, batch)
     kind = type(net)
 
     class Slices(kind):  # type: ignore[misc,valid-type]
         def forward(self, input_ids: torch.Tensor, logits_to_keep: int | torch.Tensor = 0, **named: Any) -> Any:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             hidden = self.model(input_ids, **named).last_hidden_state
-            return CausalLMOutputWithPast(logits=self.lm_head(hidden[:, kept, :]))
+            return CausalLMOutputWithPast(logits=self.lm_head(hidden[:, positions, :]))
 
     net.__class__ = Slices
-    own = LanguageModeling().losses(net, batch)
-    torch.testing.assert_close(new.nll, own.nll)
-    assert torch.equal(new.counts, own.counts)
+    sliced = LanguageModeling().losses(net, batch)
+    torch.testing.assert_close(new.nll, sliced.nll)
+    assert torch.equal(new.counts, sliced.counts)
     assert [selects_positions(one) for one in (kind, Slices)] == [True, False]
 
 
@@ -154,7 +154,7 @@ def test_a_step_batch_moves_as_a_whole() -> None:
 
 
 class Unsure(LanguageModeling):
-    """Has no deterministic form, as some operations on CUDA; notes where that was forbidden."""
+    """Has no deterministic form, like some CUDA operations; records where that was forbidden."""
 
     forbidden: ClassVar[list[bool]] = []
 

@@ -1,4 +1,4 @@
-"""A step is cut so that it fits: a function of config, rows, model and the memory there is in all."""
+"""A step is divided to fit in memory, depending on config, rows, model and total memory alone."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def rows_of(lengths: list[int], labelled: int = 4) -> Examples:
 def chosen(
     monkeypatch: pytest.MonkeyPatch, memory: int, *overrides: str, lengths: list[int] | None = None
 ) -> MicroBatchPlan:
-    """What is chosen for a Llama of 256 units on a machine with so many bytes."""
+    """The plan for a Llama of 256 units on a device with `memory` bytes."""
     monkeypatch.setattr(micro_batching, "device_memory", lambda device: memory)
     monkeypatch.setattr("llmft.model.memory.LIBRARIES_BYTES", {"cpu": 0})
     config = compose("data=alpaca", "data.files=none", "logger=none", "quantization=none", *overrides)
@@ -90,8 +90,8 @@ def test_a_model_whose_memory_cannot_be_told_is_trained_with_care_and_the_reason
 @pytest.mark.parametrize("limit", [Limit(rows=3), Limit(tokens=256), Limit(64, 512)])
 def test_no_micro_batch_is_larger_than_what_was_estimated(lengths: list[int], limit: Limit) -> None:
     labelled = [max(1, length // 3) for length in lengths]
-    found = StepRows.of(np.asarray(lengths), np.asarray(labelled), 16)
-    positions, longest, labels = found.largest(limit)
+    step_rows = StepRows.of(np.asarray(lengths), np.asarray(labelled), 16)
+    positions, longest, labels = step_rows.largest(limit)
     rng = np.random.default_rng(0)
     for _ in range(20):
         batch = rng.permutation(len(lengths))[:16]
@@ -123,8 +123,8 @@ def test_a_resumed_run_makes_the_micro_batches_of_its_checkpoint_on_another_mach
     limit: list[int] = []
     monkeypatch.setattr(micro_batching, "device_memory", lambda device: 6 * 2**20)
     train(small(*config, f"output_dir={tmp_path}/whole"), quiet=True)
-    wanted, sizes[:] = list(sizes), []
-    assert max(map(len, wanted)) > 1, "so little memory cuts a batch of eight rows"
+    expected, sizes[:] = list(sizes), []
+    assert max(map(len, expected)) > 1, "so little memory cuts a batch of eight rows"
 
     limit[:] = [2]
     with pytest.raises(MadeUp):
@@ -132,7 +132,7 @@ def test_a_resumed_run_makes_the_micro_batches_of_its_checkpoint_on_another_mach
     limit[:] = []
     monkeypatch.setattr(micro_batching, "device_memory", lambda device: 2**40)
     train(small(*config, f"output_dir={tmp_path}/cut"), quiet=True)
-    assert sizes == wanted
-    whole, cut = run_directory(tmp_path / "whole"), run_directory(tmp_path / "cut")
-    assert adapter_bytes(whole) == adapter_bytes(cut)
-    assert (whole / "metrics.jsonl").read_bytes() == (cut / "metrics.jsonl").read_bytes()
+    assert sizes == expected
+    uninterrupted, cut = run_directory(tmp_path / "whole"), run_directory(tmp_path / "cut")
+    assert adapter_bytes(uninterrupted) == adapter_bytes(cut)
+    assert (uninterrupted / "metrics.jsonl").read_bytes() == (cut / "metrics.jsonl").read_bytes()

@@ -1,4 +1,4 @@
-"""Advantages and losses of policies, against numbers that follow from TRL's formulas in float64."""
+"""Advantages and losses of policies, against TRL's formulas in float64."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Losses of pairs against numbers that were computed elsewhere, in float64."""
+"""Losses of pairs against independently computed numbers in float64."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ VECTORS: list[tuple[str, float, dict[str, Any], tuple[float, ...]]] = [
 def test_a_loss_of_pairs_has_its_published_value(
     name: str, beta: float, options: dict[str, Any], expected: tuple[float, ...]
 ) -> None:
-    found = getattr(losses, name)(PAIRS, beta, **options)
-    torch.testing.assert_close(found, tensor(*expected), rtol=0, atol=1e-9)
+    loss = getattr(losses, name)(PAIRS, beta, **options)
+    torch.testing.assert_close(loss, tensor(*expected), rtol=0, atol=1e-9)
 
 
 def test_kto_has_its_published_values_for_good_and_bad_answers() -> None:
@@ -69,8 +69,8 @@ def test_kto_has_its_published_values_for_good_and_bad_answers() -> None:
 def test_a_reward_has_the_values_of_llama_2s_margins(
     margins: tuple[float, ...], centre: float, expected: tuple[float, ...]
 ) -> None:
-    found = losses.reward(tensor(1, 0.2, -0.5, 2), tensor(0, 0.5, -0.5, -1), tensor(*margins), centre)
-    torch.testing.assert_close(found, tensor(*expected), rtol=0, atol=1e-9)
+    loss = losses.reward(tensor(1, 0.2, -0.5, 2), tensor(0, 0.5, -0.5, -1), tensor(*margins), centre)
+    torch.testing.assert_close(loss, tensor(*expected), rtol=0, atol=1e-9)
 
 
 def test_swapping_the_answers_negates_what_is_learned_of_them() -> None:
@@ -97,7 +97,7 @@ def test_the_gradient_of_dpo_is_its_published_one() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_log_odds_are_finite_and_right_near_0_and_1(dtype: torch.dtype) -> None:
     logs = torch.tensor([-1e-9, -1e-3, -0.5, -0.6931471805599453, -5.0, -80.0], dtype=dtype)
-    found = losses.log_odds(logs)
-    assert torch.isfinite(found).all()
+    odds = losses.log_odds(logs)
+    assert torch.isfinite(odds).all()
     expected = torch.tensor([x - math.log(-math.expm1(x)) for x in logs.double().tolist()[1:]], dtype=dtype)
-    torch.testing.assert_close(found[1:], expected)
+    torch.testing.assert_close(odds[1:], expected)

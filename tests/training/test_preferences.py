@@ -41,16 +41,16 @@ PAIRS = ["data=pairs", "data.rows={train: 48, validation: 12, test: 0}", "quanti
 
 
 def rows_of(*lengths: tuple[int, ...], seed: int = 0) -> list[Example]:
-    """Rows of random tokens: of each the tokens of its prompt and of each answer, from the best to the worst."""
+    """Rows of random tokens; `lengths`: tokens of the prompt and of each answer, from the best to the worst."""
     generator = torch.Generator().manual_seed(seed)
-    made = []
-    for number, own in enumerate(lengths):
-        ids = torch.randint(3, 64, (sum(own),), generator=generator).tolist()
-        segments = np.repeat(np.arange(len(own)), own).astype(np.uint8)
-        answers = len(own) - 1
+    rows = []
+    for number, parts in enumerate(lengths):
+        ids = torch.randint(3, 64, (sum(parts),), generator=generator).tolist()
+        segments = np.repeat(np.arange(len(parts)), parts).astype(np.uint8)
+        answers = len(parts) - 1
         comparison = Comparison(tuple("x" * n for n in range(1, answers)), tuple(range(answers)))
-        made.append(Example(ids, ids, Conversation([], f"f:{number}", comparison=comparison), segments))
-    return made
+        rows.append(Example(ids, ids, Conversation([], f"f:{number}", comparison=comparison), segments))
+    return rows
 
 
 def batch_of(rows: list[Example]) -> MicroBatch:
@@ -63,8 +63,8 @@ def model_of(kind: str, dtype: torch.dtype) -> Any:
         config = Qwen2Config(**SHAPE, num_key_value_heads=2, sliding_window=5, use_sliding_window=True,
                              max_window_layers=0)  # fmt: skip
         return Qwen2ForCausalLM(config).to(dtype).eval()
-    made = LlamaForSequenceClassification if kind == "reward" else LlamaForCausalLM
-    return made(LlamaConfig(**SHAPE, num_key_value_heads=2, num_labels=1, pad_token_id=0)).to(dtype).eval()
+    model_class = LlamaForSequenceClassification if kind == "reward" else LlamaForCausalLM
+    return model_class(LlamaConfig(**SHAPE, num_key_value_heads=2, num_labels=1, pad_token_id=0)).to(dtype).eval()
 
 
 LENGTHS = ((5, 3, 4), (9, 1, 6), (2, 2, 2), (7, 4, 1), (3, 2, 5, 1))
@@ -75,20 +75,20 @@ LENGTHS = ((5, 3, 4), (9, 1, 6), (2, 2, 2), (7, 4, 1), (3, 2, 5, 1))
 def test_answers_that_share_their_prompt_have_the_numbers_and_gradients_of_rows_apart(
     kind: str, dtype: torch.dtype, close: float
 ) -> None:
-    apart = model_of(kind, dtype)
-    shared = copy.deepcopy(apart)
+    separate = model_of(kind, dtype)
+    shared = copy.deepcopy(separate)
     enable(shared)
     batch = batch_of(rows_of(*LENGTHS))
     score: Callable[..., torch.Tensor] = answer_scores if kind == "reward" else answer_log_probs
-    one, two = score(apart, batch), score(shared, batch)
+    one, two = score(separate, batch), score(shared, batch)
     torch.testing.assert_close(one, two, rtol=close, atol=close)
     alone = torch.cat(
-        [torch.nn.functional.pad(score(apart, batch_of([row])), (0, 3))[:, :3] for row in rows_of(*LENGTHS)]
+        [torch.nn.functional.pad(score(separate, batch_of([row])), (0, 3))[:, :3] for row in rows_of(*LENGTHS)]
     )
     torch.testing.assert_close(one, alone, rtol=close, atol=close)
     one.square().sum().backward()
     two.square().sum().backward()
-    for a, b in zip(apart.parameters(), shared.parameters(), strict=True):
+    for a, b in zip(separate.parameters(), shared.parameters(), strict=True):
         if a.grad is not None and b.grad is not None:
             largest = float(a.grad.abs().max())
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=max(1e-5, close) * largest)
@@ -97,37 +97,37 @@ def test_answers_that_share_their_prompt_have_the_numbers_and_gradients_of_rows_
 def test_log_probabilities_are_those_of_the_answers_tokens_and_a_score_is_read_at_an_answers_end() -> None:
     model, judge = model_of("llama", torch.float64), model_of("reward", torch.float64)
     (row,) = rows_of((4, 3, 2))
-    found = answer_log_probs(model, batch_of([row]))[0].tolist()
+    log_probs = answer_log_probs(model, batch_of([row]))[0].tolist()
     scores = answer_scores(judge, batch_of([row]))[0].tolist()
-    for place, (begin, length) in enumerate(((4, 3), (7, 2))):
+    for index, (begin, length) in enumerate(((4, 3), (7, 2))):
         ids = torch.tensor([[*row.input_ids[:4], *row.input_ids[begin : begin + length]]])
         logs = model(ids).logits.log_softmax(-1)[0]
         expected = sum(float(logs[3 + n, ids[0, 4 + n]]) for n in range(length))
-        assert found[place] == pytest.approx(expected, abs=1e-12)
+        assert log_probs[index] == pytest.approx(expected, abs=1e-12)
         hidden = judge.model(ids).last_hidden_state[0, -1]
-        assert scores[place] == pytest.approx(float(judge.score(hidden)), abs=1e-6)
+        assert scores[index] == pytest.approx(float(judge.score(hidden)), abs=1e-6)
 
 
 @pytest.mark.parametrize("objective", [Preference("sigmoid", 0.2), Reward(0.01)])
 def test_micro_batches_add_up_to_one_batch_and_candidates_count_as_the_mean_of_their_pairs(objective: Any) -> None:
     model = model_of("reward" if isinstance(objective, Reward) else "llama", torch.float64)
     rows = rows_of(*LENGTHS)
-    whole = objective.losses(model, batch_of(rows)).nll
+    together = objective.losses(model, batch_of(rows)).nll
     parts = torch.cat([objective.losses(model, batch_of(part)).nll for part in (rows[:2], rows[2:4], rows[4:])])
-    torch.testing.assert_close(whole.double(), parts.double(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(together.double(), parts.double(), rtol=1e-5, atol=1e-6)
     last = rows[-1]
     pairs = []
     for better, worse in ((0, 1), (0, 2), (1, 2)):
         assert last.segments is not None
-        kept = np.isin(last.segments, (0, better + 1, worse + 1))
-        ids = np.asarray(last.input_ids)[kept].tolist()
+        mask = np.isin(last.segments, (0, better + 1, worse + 1))
+        ids = np.asarray(last.input_ids)[mask].tolist()
         comparison = Comparison(("x",), (0, 1))
-        segments = np.select([last.segments[kept] == better + 1, last.segments[kept] == worse + 1], [1, 2]).astype(
+        segments = np.select([last.segments[mask] == better + 1, last.segments[mask] == worse + 1], [1, 2]).astype(
             np.uint8
         )
         pairs.append(Example(ids, ids, Conversation([], "f", comparison=comparison), segments))
     mean = objective.losses(model, batch_of(pairs)).nll.mean()
-    torch.testing.assert_close(whole[-1].double(), mean.double(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(together[-1].double(), mean.double(), rtol=1e-5, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------------- runs
@@ -245,15 +245,15 @@ def test_a_reward_model_is_saved_with_its_head_and_scores_rows_and_candidates_al
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, (pair, other))))
     alone = [{"id": str(n), "text": text, "response": name} for n, name in enumerate(("Ben", "Amy"))]
     (tmp_path / "alone.jsonl").write_text("\n".join(map(json.dumps, alone)))
-    found = {}
+    predictions = {}
     for name in ("pairs", "alone"):
         (directory,) = predict(PredictConfig(run=[str(run)], data=files(tmp_path / f"{name}.jsonl")), quiet=True)
-        found[name] = Predictions.load(directory)
-    scores = found["pairs"].columns["scores"]
+        predictions[name] = Predictions.load(directory)
+    scores = predictions["pairs"].columns["scores"]
     assert scores[0] == pytest.approx(scores[1][::-1], abs=1e-5)
-    assert scores[0] == pytest.approx([row[0] for row in found["alone"].columns["scores"]], abs=1e-5)
+    assert scores[0] == pytest.approx([row[0] for row in predictions["alone"].columns["scores"]], abs=1e-5)
     assert scores[0][0] != scores[0][1]
-    assert found["pairs"].values[:, 0].tolist() == [row[0] for row in scores]
+    assert predictions["pairs"].values[:, 0].tolist() == [row[0] for row in scores]
 
 
 def files(path: Path) -> Any:
@@ -264,17 +264,17 @@ def test_a_training_goes_on_from_an_adapter_which_is_its_reference(
     small: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
     first = trained(small("quantization=none", "learning_rate.peak=1e-2"))
-    given = f"lora.adapter={first}"
-    run = trained(small(*PAIRS, "task=dpo", given))
+    from_first = f"lora.adapter={first}"
+    run = trained(small(*PAIRS, "task=dpo", from_first))
     start = next(line for line in metrics(run) if "val/loss_nats" in line)
     assert start["val/loss_nats"] == pytest.approx(math.log(2), abs=1e-12)
     assert start["val/accuracy"] == 0.5
-    told = json.loads((run / "environment.json").read_text())["ran"]["reference"]
-    assert str(first) in told
+    reference = json.loads((run / "environment.json").read_text())["ran"]["reference"]
+    assert str(first) in reference
     copied = shutil.copytree(first / "adapter", tmp_path / "copy")
     assert key_of(small(*PAIRS, "task=dpo", f"lora.adapter={copied}")) == run.name[-10:]
     with pytest.raises(ConfigError, match=r"set lora\.r=2 lora\.alpha=4"):
-        train(small(*PAIRS, "task=dpo", given, "lora.r=4"), quiet=True)
+        train(small(*PAIRS, "task=dpo", from_first, "lora.r=4"), quiet=True)
     with pytest.raises(ConfigError, match=r"lora\.adapter=.*nowhere"):
         train(small(*PAIRS, "task=dpo", "lora.adapter=nowhere"), quiet=True)
 
@@ -284,13 +284,13 @@ def test_the_base_may_be_the_reference_of_an_adapter_and_a_judge_may_begin_with_
     small: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
     first = trained(small("quantization=none", "learning_rate.peak=1e-2"))
-    given = f"lora.adapter={first}"
-    trained(small(*PAIRS, "task=dpo", given))
-    base = trained(small(*PAIRS, "task=dpo", given, "task.reference=base"))
+    from_first = f"lora.adapter={first}"
+    trained(small(*PAIRS, "task=dpo", from_first))
+    base = trained(small(*PAIRS, "task=dpo", from_first, "task.reference=base"))
     drift = next(line for line in metrics(base) if "val/drift_nats" in line)
     assert drift["val/drift_nats"] != 0
     assert len([*(tmp_path / "references").glob("*.parquet")]) == 2
-    judge = trained(small(*PAIRS, "task=reward", given))
+    judge = trained(small(*PAIRS, "task=reward", from_first))
     assert any("score" in name for name in adapter(judge))
 
 
@@ -300,12 +300,10 @@ def test_kto_learns_from_single_answers_in_any_micro_batch(tmp_path: Path) -> No
         for n in range(60)
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    given = ["data=prompt_response", f"data.files={tmp_path / 'rows.jsonl'}", "data.columns.prompt=q"]
-    given += ["data.columns.response=a", "data.columns.label=ok", "task=kto", "quantization=none"]
-    given = [*(override for override in SMALL if not override.startswith("data.rows")), *given]
-    runs = [
-        trained(compose(*given, f"trainer.micro_batch={size}", f"output_dir={tmp_path / str(size)}")) for size in (2, 8)
-    ]
+    arguments = ["data=prompt_response", f"data.files={tmp_path / 'rows.jsonl'}", "data.columns.prompt=q"]
+    arguments += ["data.columns.response=a", "data.columns.label=ok", "task=kto", "quantization=none"]
+    arguments = [*(override for override in SMALL if not override.startswith("data.rows")), *arguments]
+    runs = [trained(compose(*arguments, f"trainer.micro_batch={n}", f"output_dir={tmp_path}/{n}")) for n in (2, 8)]
     first = next(line for line in metrics(runs[0]) if "val/loss_nats" in line)
     assert first["val/loss_nats"] == pytest.approx(0.5, abs=1e-12)
     assert first["val/accuracy"] == 0.5
@@ -316,7 +314,7 @@ def test_kto_learns_from_single_answers_in_any_micro_batch(tmp_path: Path) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize("removed", ["", "references", "*"])
 def test_a_killed_policy_goes_on_to_the_same_bits_with_and_without_its_reference(removed: str, tmp_path: Path) -> None:
-    whole = whole_run(tmp_path / "whole", "task=dpo")
+    uninterrupted = whole_run(tmp_path / "whole", "task=dpo")
     child = start(tmp_path / "killed", "task=dpo")
     wait_for_step(tmp_path / "killed", 10, child)
     os.kill(child.pid, signal.SIGKILL)
@@ -326,19 +324,19 @@ def test_a_killed_policy_goes_on_to_the_same_bits_with_and_without_its_reference
             path.unlink()
     again = start(tmp_path / "killed", "task=dpo")
     assert again.wait() == 0, again.text()
-    same_run(whole, run_directory(tmp_path / "killed"))
+    same_run(uninterrupted, run_directory(tmp_path / "killed"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["dpo", "reward"])
 def test_two_processes_train_what_one_does_and_share_one_reference(task: str, tmp_path: Path) -> None:
-    given = [*SMALL, *PAIRS, f"task={task}", "trainer.accelerator=cpu", "trainer.precision=fp32"]
+    arguments = [*SMALL, *PAIRS, f"task={task}", "trainer.accelerator=cpu", "trainer.precision=fp32"]
     roots = {count: tmp_path / str(count) for count in (1, 2)}
     for count, root in roots.items():
         more = ["trainer=ddp", f"trainer.devices={count}"] if count > 1 else []
-        done = llmft(*given, *more, "trainer.accelerator=cpu", f"output_dir={root}", cwd=tmp_path, timeout=300)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert done.stdout.count("computed once") == (task == "dpo")
+        result = llmft(*arguments, *more, "trainer.accelerator=cpu", f"output_dir={root}", cwd=tmp_path, timeout=300)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert result.stdout.count("computed once") == (task == "dpo")
     one, two = (run_directory(root) for root in roots.values())
     weights = adapter(two)
     assert all(torch.allclose(tensor, weights[name], atol=2e-5) for name, tensor in adapter(one).items())

@@ -21,13 +21,13 @@ NODES = [*SMALL, "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=1", 
 
 
 def free_port() -> int:
-    with socket.socket() as made:
-        made.bind(("127.0.0.1", 0))
-        return int(made.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def command(launcher: str, node: int, port: int) -> tuple[list[str], dict[str, str]]:
-    """How `launcher` starts llmft on machine `node`, and what it puts into the environment."""
+    """The command and environment with which `launcher` starts llmft on machine `node`."""
     if launcher == "torchrun":
         where = ["--nnodes=2", "--nproc-per-node=1", f"--node-rank={node}", "--master-addr=127.0.0.1"]
         return [sys.executable, "-m", "torch.distributed.run", *where, f"--master-port={port}", "-m", "llmft"], {}
@@ -38,7 +38,7 @@ def command(launcher: str, node: int, port: int) -> tuple[list[str], dict[str, s
 
 
 class Machines:
-    """Two of them, each with its launcher."""
+    """Two machines, each with its launcher."""
 
     def __init__(self, launcher: str, *arguments: str, each: tuple[str, str] = ("", ""), cwd: Path) -> None:
         port = free_port()
@@ -47,13 +47,13 @@ class Machines:
             start, environment = command(launcher, node, port)
             options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
             env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-            own = [*start, *NODES, *arguments, *filter(None, [each[node]])]
-            self.launchers.append(subprocess.Popen(own, cwd=cwd, env=env, **options))
+            command_line = [*start, *NODES, *arguments, *filter(None, [each[node]])]
+            self.launchers.append(subprocess.Popen(command_line, cwd=cwd, env=env, **options))
 
     def end(self) -> list[tuple[int, str]]:
-        """(exit code, what it printed) of each."""
-        told = [launcher.communicate(timeout=300)[0] for launcher in self.launchers]
-        return [(launcher.returncode, text) for launcher, text in zip(self.launchers, told, strict=True)]
+        """(exit code, output) of each."""
+        outputs = [launcher.communicate(timeout=300)[0] for launcher in self.launchers]
+        return [(launcher.returncode, text) for launcher, text in zip(self.launchers, outputs, strict=True)]
 
 
 def adapter(root: Path) -> bytes:
@@ -62,11 +62,11 @@ def adapter(root: Path) -> bytes:
 
 @pytest.mark.parametrize("launcher", ["torchrun", "slurm"])
 def test_two_machines_train_what_two_devices_of_one_do(launcher: str, tmp_path: Path) -> None:
-    for code, told in Machines(launcher, f"output_dir={tmp_path / 'nodes'}", cwd=tmp_path).end():
-        assert code == 0, told
+    for code, output in Machines(launcher, f"output_dir={tmp_path / 'nodes'}", cwd=tmp_path).end():
+        assert code == 0, output
     one = ["trainer.devices=2", "trainer.num_nodes=1", f"output_dir={tmp_path / 'devices'}"]
-    done = llmft(*NODES, *one, cwd=tmp_path, timeout=300)
-    assert done.returncode == 0, done.stderr
+    result = llmft(*NODES, *one, cwd=tmp_path, timeout=300)
+    assert result.returncode == 0, result.stderr
     assert adapter(tmp_path / "nodes") == adapter(tmp_path / "devices")
 
 
@@ -79,15 +79,15 @@ def test_a_machine_that_is_lost_ends_the_run_in_a_sentence_and_the_same_command_
         time.sleep(0.05)
     for child in psutil.Process(machines.launchers[1].pid).children():
         child.send_signal(signal.SIGKILL)
-    (code, told), (lost, _) = machines.end()
+    (code, output), (lost, _) = machines.end()
     assert code != 0
     assert lost != 0
-    assert "another process of this run is gone" in told
+    assert "another process of this run is gone" in output
     ended = Machines("torchrun", *more, f"output_dir={tmp_path / 'nodes'}", cwd=tmp_path).end()
     assert [code for code, _ in ended] == [0, 0], ended
     assert "resumed" in ended[0][1]
-    for code, told in Machines("torchrun", *more, f"output_dir={tmp_path / 'whole'}", cwd=tmp_path).end():
-        assert code == 0, told
+    for code, output in Machines("torchrun", *more, f"output_dir={tmp_path / 'whole'}", cwd=tmp_path).end():
+        assert code == 0, output
     assert adapter(tmp_path / "nodes") == adapter(tmp_path / "whole")
 
 
@@ -99,8 +99,8 @@ def test_machines_that_do_not_share_the_run_directory_are_refused(
     one = ["trainer=cpu", "trainer.num_nodes=1", f"output_dir={tmp_path / 'a'}"]
     llmft(*SMALL, *killed, *one, cwd=tmp_path, LLMFT_TEST_KILLED=str(mark))
     assert list((tmp_path / "a").glob("runs/*/checkpoints/*.safetensors"))
-    apart = (f"output_dir={tmp_path / 'a'}", f"output_dir={tmp_path / 'b'}")
+    directories = (f"output_dir={tmp_path / 'a'}", f"output_dir={tmp_path / 'b'}")
     monkeypatch.setenv("LLMFT_TEST_KILLED", str(mark))
-    for code, told in Machines("slurm", *killed, each=apart, cwd=tmp_path).end():
-        assert code == 2, told
-        assert "set output_dir to a directory that all of them share" in told
+    for code, output in Machines("slurm", *killed, each=directories, cwd=tmp_path).end():
+        assert code == 2, output
+        assert "set output_dir to a directory that all of them share" in output

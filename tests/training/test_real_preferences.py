@@ -26,12 +26,12 @@ DATA = {
     "llamafactory_dpo_en_demo.json": ["data=preference_messages", "data.max_tokens=256", "data.limit=120",
                                       "data.validation_fraction=0.4"],
 }  # fmt: skip
-"""Few rows of each, and among the demo's long ones those that are short."""
+"""Few rows of each, and only the short ones of the demo."""
 
 
 @pytest.fixture(params=list(DATA))
 def rows(request: pytest.FixtureRequest, shared_data: Path) -> list[str]:
-    """The overrides of one of the data sets, where it and the model are here."""
+    """The overrides of one of the data sets; skips where it or the model is missing."""
     file = shared_data / "preference" / request.param
     for path in (SMOLLM2, file):
         if not path.exists():
@@ -51,7 +51,7 @@ def trained(*overrides: str) -> tuple[list[float], dict[str, Any], Path]:
 
 def test_the_loss_of_dpo_falls_from_ln_2(rows: list[str], tmp_path: Path) -> None:
     losses, result, _ = trained("task=dpo", *rows, *FEW, "learning_rate.peak=2e-4", f"output_dir={tmp_path}")
-    assert losses[0] == pytest.approx(np.log(2), abs=5e-3)  # bf16 rounds otherwise in other groups than the reference's
+    assert losses[0] == pytest.approx(np.log(2), abs=5e-3)  # the reference rounds bf16 in other groups
     assert np.mean(losses[-3:]) < losses[0] - 0.1
     assert result["before"]["val/loss_nats"] == pytest.approx(np.log(2), abs=1e-12)
     assert result["before"]["val/accuracy"] == 0.5

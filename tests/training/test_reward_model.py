@@ -1,4 +1,4 @@
-"""Reward runs beside a policy: on its base they say what they say alone, and leave it as it was."""
+"""Reward runs on a policy's base: they score as they do alone, and leave the policy unchanged."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ TEXTS = ["The cat, friend", "The dog, sad", "", "nobody at all"]
 @pytest.fixture(scope="module")
 def judges(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Two reward runs of one base, of other ranks than the policy, and one of another base."""
-    made = {}
+    runs = {}
     for name, more in {"safety": [], "helpful": ["lora.r=4", "seed=1"], "other": ["quantization=none"]}.items():
         directory = tmp_path_factory.mktemp(name)
         train(compose(*SMALL, *PAIRS, *more, f"output_dir={directory}"), quiet=True)
-        made[name] = str(run_directory(directory))
-    return made
+        runs[name] = str(run_directory(directory))
+    return runs
 
 
 @pytest.fixture
 def policy(tmp_path: Path) -> tuple[Any, Host, Any]:
-    """A policy's model with an adapter that adds something, itself as a host, and its tokenizer."""
+    """A policy's model with a non-zero adapter, its host of judges, and its tokenizer."""
     config = compose(*SMALL, "data=manners", f"output_dir={tmp_path}")
     located = locate(config.model)
     precision = config.trainer.precision

@@ -48,19 +48,19 @@ def model() -> Any:
 
 
 def answers(*rows: int) -> MicroBatch:
-    """Answers of 2 to 6 tokens behind prompts, with advantages and a reference; those of `rows` alone."""
+    """A batch of `rows` with answers of 2 to 6 tokens, advantages and a reference."""
     generator = torch.Generator().manual_seed(1)
-    made, advantages, references = [], [], []
+    examples, advantages, references = [], [], []
     for prompt, answer in ((3, 4), (5, 2), (2, 6)):
         ids = torch.randint(3, 64, (prompt + answer,), generator=generator).tolist()
-        made.append(Example(ids, [*[IGNORE] * prompt, *ids[prompt:]], Conversation([], "f:1")))
+        examples.append(Example(ids, [*[IGNORE] * prompt, *ids[prompt:]], Conversation([], "f:1")))
         advantages.append(float(torch.randn(1, generator=generator)))
         references.append(torch.randn(answer, generator=generator).abs().neg())
-    batch = collate([made[row] for row in rows], rows, 0)
+    batch = collate([examples[row] for row in rows], rows, 0)
     labelled = batch.labels[:, 1:] != IGNORE
     reference = torch.zeros(labelled.shape).masked_scatter(labelled, torch.cat([references[row] for row in rows]))
-    own = torch.tensor([advantages[row] for row in rows])[:, None] * labelled
-    batch.policy = PolicyRows(own, reference=reference)
+    row_advantages = torch.tensor([advantages[row] for row in rows])[:, None] * labelled
+    batch.policy = PolicyRows(row_advantages, reference=reference)
     return batch
 
 
@@ -74,8 +74,9 @@ def gradient(model: Any, objective: PolicyGradient, *batches: MicroBatch) -> lis
 @pytest.mark.parametrize("aggregate", ["token", "sequence", "constant"])
 def test_micro_batches_change_nothing(model: Any, aggregate: str) -> None:
     objective = PolicyGradient(aggregate=aggregate, kl=0.1)
-    whole, apart = gradient(model, objective, answers(0, 1, 2)), gradient(model, objective, answers(1), answers(0, 2))
-    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(whole, apart, strict=True))
+    together = gradient(model, objective, answers(0, 1, 2))
+    separate = gradient(model, objective, answers(1), answers(0, 2))
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(together, separate, strict=True))
 
 
 def test_with_one_update_the_gradient_is_reinforces(model: Any) -> None:
@@ -94,15 +95,15 @@ def test_with_one_update_the_gradient_is_reinforces(model: Any) -> None:
 def test_log_probabilities_are_of_the_distribution_that_is_drawn_from(
     model: Any, monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
-    model.requires_grad_(False)  # a head that is not trained has its logits computed in parts
+    model.requires_grad_(False)  # logits of an untrained head are computed in parts
     monkeypatch.setattr(logits, "positions_at_a_time", lambda vocabulary, device: at_once)
     batch = answers(2)
     table, mask = token_log_probs(model, batch, temperature=0.7)
-    whole = (model(batch.input_ids).logits / 0.7).log_softmax(-1)[0, :-1]
-    expected = whole.gather(1, batch.input_ids[0, 1:, None])[:, 0] * mask[0]
+    log_probs = (model(batch.input_ids).logits / 0.7).log_softmax(-1)[0, :-1]
+    expected = log_probs.gather(1, batch.input_ids[0, 1:, None])[:, 0] * mask[0]
     assert torch.allclose(table[0].double(), expected, rtol=0, atol=1e-5)
     assert PolicyGradient(temperature=0.7).losses(model, batch).nll == pytest.approx(
-        PolicyGradient().losses(model, batch).nll  # the policy has not moved: its ratios are 1 at any temperature
+        PolicyGradient().losses(model, batch).nll  # the policy is unchanged: its ratios are 1 at any temperature
     )
 
 
@@ -113,11 +114,11 @@ def rollout(**more: Any) -> RolloutBatch:
 
 def test_divergence_in_the_reward_is_taken_from_it_before_advantages() -> None:
     old, reference = [[-1.0, -1.0], [-1.0, -1.0, -1.0]], [[-1.5, -1.0], [-1.0, -1.0, -2.0]]
-    held = task(group=2, advantage=Advantage.leave_one_out, kl=KlConfig(0.1, KlWhere.reward, KlEstimator.k1))
-    found, _ = advantages_and_returns(rollout(old=old, reference=reference), held)
+    in_reward = task(group=2, advantage=Advantage.leave_one_out, kl=KlConfig(0.1, KlWhere.reward, KlEstimator.k1))
+    advantages, _ = advantages_and_returns(rollout(old=old, reference=reference), in_reward)
     first, second = 1.0 - 0.1 * 0.5, 0.0 - 0.1 * 1.0
-    assert found[0] == pytest.approx([first - second] * 2, abs=1e-7)
-    assert found[1] == pytest.approx([second - first] * 3, abs=1e-7)
+    assert advantages[0] == pytest.approx([first - second] * 2, abs=1e-7)
+    assert advantages[1] == pytest.approx([second - first] * 3, abs=1e-7)
 
 
 def test_what_was_drawn_comes_back_from_the_disk_and_damage_is_seen(tmp_path: Path) -> None:
@@ -176,10 +177,10 @@ def test_a_policy_killed_between_two_updates_ends_at_the_same_weights(tmp_path: 
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     train(compose(*online(tmp_path / "killed", kind)), quiet=True)
-    whole, killed = run_of(tmp_path / "whole"), run_of(tmp_path / "killed")
+    uninterrupted, killed = run_of(tmp_path / "whole"), run_of(tmp_path / "killed")
     weights = "adapter/adapter_model.safetensors"
-    assert (killed / weights).read_bytes() == (whole / weights).read_bytes()
-    assert (killed / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+    assert (killed / weights).read_bytes() == (uninterrupted / weights).read_bytes()
+    assert (killed / "metrics.jsonl").read_text() == (uninterrupted / "metrics.jsonl").read_text()
 
 
 @pytest.mark.slow
@@ -189,4 +190,4 @@ def test_the_reward_rises(tmp_path: Path) -> None:
     fixed = ["logger=none", "progress=false", "trainer.threads=1", f"output_dir={tmp_path}"]
     after = train(compose(*fixed, *overrides, *rows), quiet=True)
     assert after is not None
-    assert after > -1.0  # two words are right; before, answers are of eight tokens
+    assert after > -1.0  # two words are right; untrained answers have eight tokens

@@ -28,15 +28,15 @@ def read_offline(path: Path) -> Iterator[Any]:
     from wandb.proto import wandb_internal_pb2
 
     content = path.read_bytes()
-    place, parts = 7, b""
-    while place + 7 <= len(content):
-        left = 32768 - place % 32768
+    position, parts = 7, b""
+    while position + 7 <= len(content):
+        left = 32768 - position % 32768
         if left < 7:
-            place += left
+            position += left
             continue
-        _, length, kind = struct.unpack("<IHB", content[place : place + 7])
-        payload = content[place + 7 : place + 7 + length]
-        place += 7 + length
+        _, length, kind = struct.unpack("<IHB", content[position : position + 7])
+        payload = content[position + 7 : position + 7 + length]
+        position += 7 + length
         if kind in (1, 2):
             parts = b""
         parts += payload
@@ -51,19 +51,19 @@ def offline_files(root: Path) -> list[Path]:
 
 
 def collect(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {"history": [], "config": {}, "summary": {}, "run": None}
+    records: dict[str, Any] = {"history": [], "config": {}, "summary": {}, "run": None}
     for record in read_offline(path):
         kind = record.WhichOneof("record_type")
         if kind == "run":
-            found["run"] = record.run
-            found["config"].update({item.key: json.loads(item.value_json) for item in record.run.config.update})
+            records["run"] = record.run
+            records["config"].update({item.key: json.loads(item.value_json) for item in record.run.config.update})
         elif kind == "history":
             keys = {".".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
-            found["history"].append({key: json.loads(value) for key, value in keys.items()})
+            records["history"].append({key: json.loads(value) for key, value in keys.items()})
         elif kind == "summary":
             for item in record.summary.update:
-                found["summary"][".".join(item.nested_key) or item.key] = item.value_json
-    return found
+                records["summary"][".".join(item.nested_key) or item.key] = item.value_json
+    return records
 
 
 def test_the_offline_file_holds_config_history_summary_and_group(tmp_path: Path) -> None:
@@ -73,26 +73,26 @@ def test_the_offline_file_holds_config_history_summary_and_group(tmp_path: Path)
     train(compose(*SMALL, "logger=wandb", f"output_dir={tmp_path}", "seed=1"), quiet=True)
     files = offline_files(tmp_path)
     assert len(files) == 2, "each job has a run of its own"
-    found = next(f for f in map(collect, files) if f["run"].run_group == "night")
-    directory = next(d for d in (tmp_path / "runs").iterdir() if found["run"].run_id.startswith(f"{d.name[-10:]}-"))
-    assert found["run"].job_type == "train"
-    assert list(found["run"].tags) == ["a", "b"]
-    assert found["run"].project == "llmft"
-    assert found["config"]["lora.r"] == 2
-    assert found["config"]["model.id"] == "llmft/tiny"
-    assert "git.commit" in found["config"]
+    run = next(f for f in map(collect, files) if f["run"].run_group == "night")
+    directory = next(d for d in (tmp_path / "runs").iterdir() if run["run"].run_id.startswith(f"{d.name[-10:]}-"))
+    assert run["run"].job_type == "train"
+    assert list(run["run"].tags) == ["a", "b"]
+    assert run["run"].project == "llmft"
+    assert run["config"]["lora.r"] == 2
+    assert run["config"]["model.id"] == "llmft/tiny"
+    assert "git.commit" in run["config"]
     local = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    logged = [h for h in found["history"] if "val/loss_nats" in h]
+    logged = [h for h in run["history"] if "val/loss_nats" in h]
     assert [h["val/loss_nats"] for h in logged] == [r["val/loss_nats"] for r in local if "val/loss_nats" in r]
     assert [h["step"] for h in logged] == [0, 2, 4]
-    assert sum("train/loss_nats" in h for h in found["history"]) == 4
-    assert any(key.startswith("samples") for h in found["history"] for key in h)
-    assert any("train/tokens_per_s" in h for h in found["history"])
-    assert "best/val/loss_nats" in found["summary"] or "best" in json.dumps(found["summary"])
+    assert sum("train/loss_nats" in h for h in run["history"]) == 4
+    assert any(key.startswith("samples") for h in run["history"] for key in h)
+    assert any("train/tokens_per_s" in h for h in run["history"])
+    assert "best/val/loss_nats" in run["summary"] or "best" in json.dumps(run["summary"])
 
 
 def log_to(url: str, root: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> tuple[list[float], float]:
-    """Logs ten numbers to the server at `url`; returns what stands in the offline file, and how long the end took."""
+    """Logs ten numbers to the server at `url`; returns the offline file's numbers and the seconds of finishing."""
     import wandb
 
     wandb.teardown()  # it reads its environment once
@@ -112,10 +112,10 @@ def log_to(url: str, root: Path, monkeypatch: pytest.MonkeyPatch, **settings: An
     logger.finish(0)
     took = time.monotonic() - began
     wandb.teardown()
-    found = [collect(path) for path in root.glob("wandb/offline-run-*/*.wandb")]
-    if not found:
+    runs = [collect(path) for path in root.glob("wandb/offline-run-*/*.wandb")]
+    if not runs:
         return [], took
-    (run,) = found
+    (run,) = runs
     assert "best" in run["summary"]
     assert list(run["run"].tags) == ["t" * 63 + "…", "u"]
     assert run["run"].run_group == "g" * 127 + "…"
@@ -137,12 +137,12 @@ def test_whatever_the_server_does_nothing_waits_and_every_number_is_in_the_offli
     with server(kind) as url:
         logged, took = log_to(url, tmp_path, monkeypatch)
         assert get_open_telemetry_proxy() is None, "it would hold the end of the process"
-        told = capsys.readouterr().out
-        assert url in told
+        output = capsys.readouterr().out
+        assert url in output
     assert logged == [number / 3 for number in range(10)]
     assert took < 1.5 + 5 + 10, "limits, and starting wandb on a busy machine"
-    assert told.count("W&B is offline") == told.count("wandb sync ") == 1
-    assert told.count("characters") == 1, "tags that are cut are told"
+    assert output.count("W&B is offline") == output.count("wandb sync ") == 1
+    assert output.count("characters") == 1, "tags that are cut are told"
 
 
 @pytest.mark.parametrize("name", ["WANDB_BASE_URL", "WANDB_MODE", "WANDB_HTTP_PROXY", "WANDB_RESUME"])
@@ -189,13 +189,13 @@ def mode(monkeypatch: pytest.MonkeyPatch, **environment: str) -> tuple[str, str 
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     began = time.monotonic()
-    found, why = wandb_mode(WandbConfig(enabled=True, start_timeout_s=1.0))
-    return found, why, time.monotonic() - began
+    chosen, why = wandb_mode(WandbConfig(enabled=True, start_timeout_s=1.0))
+    return chosen, why, time.monotonic() - began
 
 
 def test_w3_without_a_key_it_is_offline_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    found, why, seconds = mode(monkeypatch)
-    assert (found, seconds < 0.5) == ("offline", True)
+    chosen, why, seconds = mode(monkeypatch)
+    assert (chosen, seconds < 0.5) == ("offline", True)
     assert "wandb login" in str(why)
 
 
@@ -203,8 +203,8 @@ def test_w1_a_refused_connection_means_offline(monkeypatch: pytest.MonkeyPatch) 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    found, why, seconds = mode(monkeypatch, WANDB_API_KEY="x" * 40, WANDB_BASE_URL=f"http://127.0.0.1:{port}")
-    assert (found, seconds < 3) == ("offline", True)
+    chosen, why, seconds = mode(monkeypatch, WANDB_API_KEY="x" * 40, WANDB_BASE_URL=f"http://127.0.0.1:{port}")
+    assert (chosen, seconds < 3) == ("offline", True)
     assert "cannot be reached" in str(why)
 
 
@@ -213,8 +213,8 @@ def test_w2_a_server_that_never_answers_delays_the_start_by_its_limit_only(monke
         hole.bind(("127.0.0.1", 0))
         hole.listen()
         url = f"http://127.0.0.1:{hole.getsockname()[1]}"
-        found, why, seconds = mode(monkeypatch, WANDB_API_KEY="x" * 40, WANDB_BASE_URL=url)
-    assert (found, seconds < 3) == ("offline", True)
+        chosen, why, seconds = mode(monkeypatch, WANDB_API_KEY="x" * 40, WANDB_BASE_URL=url)
+    assert (chosen, seconds < 3) == ("offline", True)
     assert "cannot be reached" in str(why)
 
 

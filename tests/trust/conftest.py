@@ -1,4 +1,4 @@
-"""What the trust tests share."""
+"""Fixtures of the trust tests."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ from tests.trust.helpers import whole_run
 
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of LONGER from beginning to end, with all its checkpoints."""
+    """The uninterrupted run of LONGER, with all its checkpoints."""
     return whole_run(tmp_path_factory.mktemp("whole"), "trainer.keep_checkpoints=99")

@@ -1,4 +1,4 @@
-"""Trainings in forked processes: torch is imported once, and each start costs a fraction of a second."""
+"""Trainings in forked processes: torch is imported once, and each start takes a fraction of a second."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def adapter_bytes(directory: Path) -> bytes:
 
 
 def same_checkpoint(a: Path, b: Path, step: int) -> None:
-    """Weights, optimizer and state of `step` are the same in two runs, bit for bit."""
+    """Asserts that weights, optimizer and state of `step` are equal bit for bit in two runs."""
     ours, theirs = load_file(path_of(a / "checkpoints", step)), load_file(path_of(b / "checkpoints", step))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items()), step
@@ -59,7 +59,7 @@ def same_run(a: Path, b: Path, last: int = 24) -> None:
 
 @dataclass
 class Child:
-    """A training in a forked process, and what it printed."""
+    """A training in a forked process, and its output."""
 
     pid: int
     output: Path
@@ -85,7 +85,7 @@ class Child:
 
 
 def fork(job: Callable[[], Any], output: Path) -> Child:
-    """Runs `job` in a forked process, which leaves with the exit code of the command."""
+    """Runs `job` in a forked process, which exits with the command's exit code."""
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -130,6 +130,6 @@ def wait_for_step(root: Path, step: int, child: Child) -> None:
 
 
 def whole_run(root: Path, *overrides: str, base: list[str] = LONGER) -> Path:
-    """The directory of the same training without any interruption."""
+    """The run directory of the same training without interruption."""
     train(compose(*base, f"output_dir={root}", *overrides), quiet=True)
     return run_directory(root)

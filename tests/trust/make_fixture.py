@@ -1,4 +1,4 @@
-"""Makes the checkpoint of the present format that later versions must load: `python -m tests.trust.make_fixture`.
+"""Makes the checkpoint of the current format that later versions must load: `python -m tests.trust.make_fixture`.
 
 Run it once per format (`llmft.runs.checkpoint.FORMAT`) and commit what it writes below tests/trust/fixtures/.
 """
@@ -28,18 +28,18 @@ OVERRIDES = [
 
 
 def main() -> None:
-    """Trains, and keeps the checkpoint of step 4 with what it must contain and where the run must end."""
+    """Trains, and stores the checkpoint of step 4 with its expected contents and the run's final numbers."""
     target = Path(__file__).parent / "fixtures" / f"format-{FORMAT}"
     with tempfile.TemporaryDirectory() as root:
         metric = train(compose(*OVERRIDES, f"output_dir={root}"), quiet=True)
         path = path_of(run_directory(Path(root)) / "checkpoints", STEP)
-        found = load_checkpoint(path)
+        checkpoint = load_checkpoint(path)
         target.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)
         shutil.copy(path.with_suffix(".sha256"), target)
     expected = {
-        "weights": sorted(found.weights),
-        "optimizer": {name: sorted(entries) for name, entries in found.optimizer.items()},
+        "weights": sorted(checkpoint.weights),
+        "optimizer": {name: sorted(entries) for name, entries in checkpoint.optimizer.items()},
         "val/loss_nats": metric,
     }
     (target / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")

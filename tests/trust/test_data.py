@@ -1,4 +1,4 @@
-"""Broken files, awkward tokenizers, long rows: D1 to D17 of the acceptance suite, by the door that training uses."""
+"""Broken files, awkward tokenizers, long rows: D1 to D17 of the acceptance suite, by training's own functions."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def lines(count: int = 100) -> list[bytes]:
     return [json.dumps({"prompt": f"question {n}", "response": f"answer {n}"}).encode() for n in range(1, count + 1)]
 
 
-def given(tmp_path: Path, content: bytes | list[bytes], *overrides: str, name: str = "train.jsonl") -> Any:
-    """What training prepares from a file of this content."""
+def prepared_from(tmp_path: Path, content: bytes | list[bytes], *overrides: str, name: str = "train.jsonl") -> Any:
+    """Training's prepared data from a file of this content."""
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else b"\n".join(content) + b"\n")
     small = [override for override in SMALL if not override.startswith("data.rows")]
     here = [f"data.files={tmp_path}/{name}", f"output_dir={tmp_path}/out", "data=prompt_response"]
@@ -46,7 +46,7 @@ SKIP = ("data.on_bad_row=skip",)
 
 
 class TestD1ToD7Rows:
-    """A row that cannot be used is named with its line, or skipped and counted."""
+    """An unusable row is named with its line, or skipped and counted."""
 
     BAD = {  # noqa: RUF012
         "d1_not_utf8": (
@@ -72,14 +72,14 @@ class TestD1ToD7Rows:
         rows = lines()
         rows[49] = bad
         with pytest.raises(DataError, match=sentence) as error:
-            given(tmp_path, rows)
+            prepared_from(tmp_path, rows)
         assert error.value.exit_code == 4
 
     @pytest.mark.parametrize("kind", BAD)
     def test_d1_to_d7_or_is_skipped_counted_and_kept_for_the_reader(self, tmp_path: Path, kind: str) -> None:
         rows = lines()
         rows[49] = self.BAD[kind][0]
-        prepared = given(tmp_path, rows, *SKIP)
+        prepared = prepared_from(tmp_path, rows, *SKIP)
         (rejected,) = prepared.problems.rejected
         assert rejected["where"].endswith("train.jsonl:50")
         assert sum(map(len, prepared.conversations.values())) == 99
@@ -88,31 +88,31 @@ class TestD1ToD7Rows:
         rows = lines()
         rows[10:20] = [b"\xff"] * 10
         with pytest.raises(DataError, match=r"10 of \d+ rows cannot be used .*10 x not UTF-8.*max_bad_fraction=0\.05"):
-            given(tmp_path, rows, *SKIP)
+            prepared_from(tmp_path, rows, *SKIP)
 
     def test_d2_a_cut_off_last_line_is_guessed(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"train\.jsonl:100: .*the last line has no newline: cut off\?"):
-            given(tmp_path, b"\n".join(lines())[:-9])
+            prepared_from(tmp_path, b"\n".join(lines())[:-9])
 
     def test_d2_blank_lines_do_not_shift_the_number(self, tmp_path: Path) -> None:
         rows = lines()
         rows[20:20] = [b"", b"  ", b""]
         rows[60] = b"{"
         with pytest.raises(DataError, match=r"train\.jsonl:61: "):
-            given(tmp_path, rows)
+            prepared_from(tmp_path, rows)
 
     def test_d3_a_column_that_no_row_has_is_named_with_those_that_are(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"no column 'respnse'.*did you mean response"):
-            given(tmp_path, lines(), "data.columns.response=respnse")
+            prepared_from(tmp_path, lines(), "data.columns.response=respnse")
 
     @pytest.mark.slow
     def test_d6_a_line_of_10_mb_is_cut_in_its_prompt_and_counted(self, tmp_path: Path) -> None:
         rows = lines(200)
         rows[10] = json.dumps({"prompt": "word " * 2_000_000, "response": "the answer"}).encode()
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        prepared = given(tmp_path, rows, "data.validation_fraction=0.05")
-        found = read_rows(prepared, print)
-        limits = found.encoder.lengths
+        prepared = prepared_from(tmp_path, rows, "data.validation_fraction=0.05")
+        encoded = read_rows(prepared, print)
+        limits = encoded.encoder.lengths
         assert sum(part.rows_cut for part in limits.values()) == 1
         assert sum(part.prompt_tokens_cut for part in limits.values()) > 1_000_000
         assert max(part.longest for part in limits.values()) <= prepared.config.data.max_tokens
@@ -121,42 +121,42 @@ class TestD1ToD7Rows:
     @pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf"], ids=["nothing", "blank", "mark only"])
     def test_d7_an_empty_file_is_said_to_be_empty(self, tmp_path: Path, content: bytes) -> None:
         with pytest.raises(DataError, match=r"no training rows: .*train\.jsonl is empty"):
-            given(tmp_path, content)
+            prepared_from(tmp_path, content)
 
     def test_d7_a_byte_order_mark_and_windows_lines_are_no_offence(self, tmp_path: Path) -> None:
-        prepared = given(tmp_path, b"\xef\xbb\xbf" + b"\r\n".join(lines()) + b"\r\n")
+        prepared = prepared_from(tmp_path, b"\xef\xbb\xbf" + b"\r\n".join(lines()) + b"\r\n")
         contents = [m["content"] for c in prepared.conversations["train"] for m in c.messages]
         assert sum(map(len, prepared.conversations.values())) == 100
         assert not any("\r" in text or "\ufeff" in text for text in contents)
 
 
 class TestD8D9Caches:
-    """Rows are known by their content, and what is cached of them is checked."""
+    """Rows are identified by their content, and their cache is checked."""
 
     def test_d8_a_file_edited_at_the_same_size_and_time_is_another_one(self, tmp_path: Path) -> None:
-        first = given(tmp_path, lines())
+        first = prepared_from(tmp_path, lines())
         path = tmp_path / "train.jsonl"
         stamp = path.stat()
-        second = given(tmp_path, [line.replace(b"answer", b"ANSWER") for line in lines()])
+        second = prepared_from(tmp_path, [line.replace(b"answer", b"ANSWER") for line in lines()])
         os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
         third = prepare(second.config)
         assert path.stat().st_size == stamp.st_size
         assert path.stat().st_mtime_ns == stamp.st_mtime_ns
         assert first.run.key != third.run.key == second.run.key
-        found = read_rows(third, print)
-        assert "ANSWER" in found.tokenizer.decode(found.splits["train"][0].input_ids)
+        encoded = read_rows(third, print)
+        assert "ANSWER" in encoded.tokenizer.decode(encoded.splits["train"][0].input_ids)
 
     @pytest.mark.parametrize("damage", ["cut", "empty", "other"])
     def test_d9_damaged_tokens_are_made_again_with_one_warning(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
     ) -> None:
         monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-        first = read_rows(given(tmp_path, lines()), print)
+        first = read_rows(prepared_from(tmp_path, lines()), print)
         for path in (tmp_path / "cache" / "llmft").glob("tokens-*.arrow"):
             content = path.read_bytes()
             path.write_bytes({"cut": content[:-200], "empty": b"", "other": b"not arrow at all"}[damage])
         warnings: list[str] = []
-        second = read_rows(given(tmp_path, lines()), warnings.append)
+        second = read_rows(prepared_from(tmp_path, lines()), warnings.append)
         assert len(warnings) == 2, "one for each split"
         assert all("are damaged" in line and "tokenised again" in line for line in warnings)
         assert np.array_equal(first.splits["train"].ids, second.splits["train"].ids)
@@ -181,8 +181,8 @@ def chat(question: str, answer: str) -> Conversation:
 
 
 def encode(tokenizer: Any, rows: list[Conversation], **data: Any) -> tuple[Any, Encoder]:
-    made = Encoder(tokenizer, format_of("alpaca_short"), DataConfig(name="d", files="f", **data))
-    return made.encode("train", rows, BadRows()), made
+    encoder = Encoder(tokenizer, format_of("alpaca_short"), DataConfig(name="d", files="f", **data))
+    return encoder.encode("train", rows, BadRows()), encoder
 
 
 def learned(tokenizer: Any, example: Any) -> str:
@@ -190,34 +190,35 @@ def learned(tokenizer: Any, example: Any) -> str:
 
 
 class TestD10D11D15Lengths:
-    """The answer stays whole, or the row goes, and both are counted."""
+    """The answer stays complete or the row is dropped, and both are counted."""
 
     @pytest.mark.parametrize("policy", [p for p in Truncation if p.value.startswith("cut")], ids=lambda p: p.value)
     def test_d10_d15_the_prompt_gives_way_and_answer_and_end_token_stay(
         self, tokenizer: Any, policy: Truncation
     ) -> None:
-        (example,), made = encode(tokenizer, [chat(LONG, "Ann is it")], max_tokens=60, truncation=policy)
+        (example,), encoder = encode(tokenizer, [chat(LONG, "Ann is it")], max_tokens=60, truncation=policy)
         assert len(example.input_ids) == 60
         assert learned(tokenizer, example) == "Ann is it</s>"
         assert example.input_ids[0] == tokenizer.bos_token_id
         text = tokenizer.decode(example.input_ids)
         assert ("word59" in text) == (policy is not Truncation.cut_prompt_right)
         assert ("word0 " in text) == (policy is not Truncation.cut_prompt_left)
-        assert (made.lengths["train"].rows_cut, made.lengths["train"].rows_dropped) == (1, 0)
-        assert made.lengths["train"].prompt_tokens_cut > 0
+        assert (encoder.lengths["train"].rows_cut, encoder.lengths["train"].rows_dropped) == (1, 0)
+        assert encoder.lengths["train"].prompt_tokens_cut > 0
 
     def test_d10_drop_and_error_do_as_they_say(self, tokenizer: Any) -> None:
         rows = [chat("Who?", "Ann"), chat(LONG, "Zoe")]
-        found, made = encode(tokenizer, rows, max_tokens=60, truncation=Truncation.drop)
-        assert [learned(tokenizer, example) for example in found] == ["Ann</s>"]
-        assert made.lengths["train"].dropped_by == {"data.max_tokens": 1}
+        examples, encoder = encode(tokenizer, rows, max_tokens=60, truncation=Truncation.drop)
+        assert [learned(tokenizer, example) for example in examples] == ["Ann</s>"]
+        assert encoder.lengths["train"].dropped_by == {"data.max_tokens": 1}
         with pytest.raises(DataError, match=r"f:1: \d+ tokens, .* exceed data\.max_tokens=60"):
             encode(tokenizer, rows, max_tokens=60, truncation=Truncation.error)
 
     def test_d10_counts_stand_in_the_log_and_the_record(self, tmp_path: Path, capsys: Any) -> None:
         rows = lines(60)
         rows[5] = json.dumps({"prompt": LONG, "response": "short"}).encode()
-        train(given(tmp_path, rows, "data.max_tokens=64", "data.validation_fraction=0.1", "progress=false").config)
+        more = ["data.max_tokens=64", "data.validation_fraction=0.1", "progress=false"]
+        train(prepared_from(tmp_path, rows, *more).config)
         assert "length limits: 1 training rows were cut in their prompt" in capsys.readouterr().out
         directory = run_directory(tmp_path / "out")
         environment = json.loads((directory / "environment.json").read_text())
@@ -227,24 +228,24 @@ class TestD10D11D15Lengths:
     def test_d11_a_row_without_room_for_its_answer_is_left_out_and_counted(self, tmp_path: Path) -> None:
         rows = lines(120)
         rows[5] = json.dumps({"prompt": "q", "response": LONG}).encode()
-        config = given(tmp_path, rows, "data.max_tokens=64", "trainer.max_steps=14").config
+        config = prepared_from(tmp_path, rows, "data.max_tokens=64", "trainer.max_steps=14").config
         train(config, quiet=True)
-        found = records(run_directory(tmp_path / "out"))
-        losses = [r["train/loss_nats"] for r in found if "train/loss_nats" in r]
+        recorded = records(run_directory(tmp_path / "out"))
+        losses = [r["train/loss_nats"] for r in recorded if "train/loss_nats" in r]
         assert len(losses) > 10
         assert all(loss is not None and loss > 0.01 for loss in losses), "no step is empty, none is 0/0"
 
     def test_d11_more_than_one_row_in_a_hundred_is_refused(self, tmp_path: Path) -> None:
         rows = lines(100)
-        for place in (5, 25, 45):
-            rows[place] = json.dumps({"prompt": "q", "response": LONG}).encode()
+        for index in (5, 25, 45):
+            rows[index] = json.dumps({"prompt": "q", "response": LONG}).encode()
         small = ["data.max_tokens=64", "data.validation_fraction=0.1", "data.split_seed=1"]
         with pytest.raises(DataError, match=r"[23] of \d+ train rows \([23]\.\d%\) do not fit .*max_dropped_fraction"):
-            train(given(tmp_path, rows, *small).config, quiet=True)
-        prepared = given(tmp_path, rows, *small, "data.max_dropped_fraction=0.1")
-        found = read_rows(prepared, print)
+            train(prepared_from(tmp_path, rows, *small).config, quiet=True)
+        prepared = prepared_from(tmp_path, rows, *small, "data.max_dropped_fraction=0.1")
+        encoded = read_rows(prepared, print)
         assert not [
-            f for f in inspect_rows(prepared, found, search_near_duplicates=False).findings if f.level == "error"
+            f for f in inspect_rows(prepared, encoded, search_near_duplicates=False).findings if f.level == "error"
         ]
 
     def test_d11_a_row_with_nothing_to_learn_never_makes_a_loss(self, tokenizer: Any) -> None:
@@ -253,7 +254,7 @@ class TestD10D11D15Lengths:
 
 
 class TestD12ToD14SpecialTokens:
-    """Pad, begin and end tokens: each where it belongs, once."""
+    """Pad, begin and end tokens: each once, in the right position."""
 
     def saved(self, tokenizer: Any, tmp_path: Path, **special: Any) -> Path:
         """The tiny model with other special tokens."""
@@ -261,38 +262,38 @@ class TestD12ToD14SpecialTokens:
 
         shutil.copytree(ROOT / "llmft" / "assets" / "tiny", tmp_path / "model")
         path = tmp_path / "model" / "tokenizer_config.json"
-        found = json.loads(path.read_text())
+        settings = json.loads(path.read_text())
         for name, value in special.items():
-            found.pop(name, None)
+            settings.pop(name, None)
             if value is not None:
-                found[name] = value
-        path.write_text(json.dumps(found))
+                settings[name] = value
+        path.write_text(json.dumps(settings))
         (tmp_path / "model" / "special_tokens_map.json").unlink(missing_ok=True)
         return tmp_path / "model"
 
     def read(self, tmp_path: Path, model: Path) -> Any:
-        return given(tmp_path, lines(), "model=local", f"model.path={model}", "prompt=alpaca_short")
+        return prepared_from(tmp_path, lines(), "model=local", f"model.path={model}", "prompt=alpaca_short")
 
     def test_d12_without_a_pad_token_one_is_chosen_and_recorded(self, tokenizer: Any, tmp_path: Path) -> None:
         model = self.saved(tokenizer, tmp_path, pad_token=None)
         prepared = self.read(tmp_path, model)
-        found = read_rows(prepared, print)
-        assert found.tokenizer.pad_token is not None
-        assert found.tokenizer.pad_token in (found.tokenizer.unk_token, found.tokenizer.eos_token)
-        assert len(found.tokenizer) == len(tokenizer), "no embedding is added"
+        encoded = read_rows(prepared, print)
+        assert encoded.tokenizer.pad_token is not None
+        assert encoded.tokenizer.pad_token in (encoded.tokenizer.unk_token, encoded.tokenizer.eos_token)
+        assert len(encoded.tokenizer) == len(tokenizer), "no embedding is added"
         train(prepared.config, quiet=True)
         environment = json.loads((run_directory(tmp_path / "out") / "environment.json").read_text())
-        assert environment["tokenizer"]["pad"] == found.tokenizer.pad_token
+        assert environment["tokenizer"]["pad"] == encoded.tokenizer.pad_token
 
     def test_d13_where_the_pad_token_is_the_end_token_the_end_is_still_learned(
         self, tokenizer: Any, tmp_path: Path
     ) -> None:
-        found = read_rows(self.read(tmp_path, self.saved(tokenizer, tmp_path, pad_token="</s>")), print)
-        end = found.tokenizer.eos_token_id
-        assert found.tokenizer.pad_token_id == end
-        examples = found.splits["train"]
+        encoded = read_rows(self.read(tmp_path, self.saved(tokenizer, tmp_path, pad_token="</s>")), print)
+        end = encoded.tokenizer.eos_token_id
+        assert encoded.tokenizer.pad_token_id == end
+        examples = encoded.splits["train"]
         assert all(int(example.labels[-1]) == end for example in examples)
-        batch = collate([examples[0], examples[60]], [0, 60], found.tokenizer.pad_token_id)
+        batch = collate([examples[0], examples[60]], [0, 60], encoded.tokenizer.pad_token_id)
         for row, mask in zip(batch.labels, batch.attention_mask, strict=True):
             assert int(row[mask.bool()][-1]) == end
             assert (row[~mask.bool()] == IGNORE).all()
@@ -301,7 +302,7 @@ class TestD12ToD14SpecialTokens:
     def test_d14_one_begin_token_and_as_many_end_tokens_as_the_format_writes(
         self, tokenizer: Any, name: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Also for a tokenizer that adds a begin token of its own to whatever it is given."""
+        """Also for a tokenizer that adds a begin token to every text."""
         import copy
 
         from tokenizers.processors import TemplateProcessing
@@ -314,9 +315,9 @@ class TestD12ToD14SpecialTokens:
         rows = [chat("Who?", "Ann"), chat("Where?", "Here")]
         for each in (tokenizer, adding):
             config = replace(format_of(name).config)
-            made = Encoder(each, prompt_format(config, each), DataConfig(name="d", files="f"))
-            text = made.render(rows[0]).text
-            for example in made.encode("train", rows, BadRows()):
+            encoder = Encoder(each, prompt_format(config, each), DataConfig(name="d", files="f"))
+            text = encoder.render(rows[0]).text
+            for example in encoder.encode("train", rows, BadRows()):
                 ids = list(example.input_ids)
                 assert ids.count(each.bos_token_id) == (1 if each is adding else text.count("<s>"))
                 assert ids.count(each.eos_token_id) == text.count("</s>")
@@ -348,9 +349,9 @@ MESSAGES = [
 
 def picture(tokenizer: Any, name: str) -> str:
     """The ids of a conversation, each with its text, those that are learned marked."""
-    made = Encoder(tokenizer, prompt_format(format_of(name).config, tokenizer), DataConfig(name="d", files="f"))
-    (example,) = made.encode("train", [Conversation(MESSAGES, "f:1")], BadRows())
-    out = [made.render(Conversation(MESSAGES, "f:1")).text, "-" * 40]
+    encoder = Encoder(tokenizer, prompt_format(format_of(name).config, tokenizer), DataConfig(name="d", files="f"))
+    (example,) = encoder.encode("train", [Conversation(MESSAGES, "f:1")], BadRows())
+    out = [encoder.render(Conversation(MESSAGES, "f:1")).text, "-" * 40]
     for token, label in zip(example.input_ids, example.labels, strict=True):
         assert label in (IGNORE, token)
         mark = "learned" if label != IGNORE else ""
@@ -360,7 +361,7 @@ def picture(tokenizer: Any, name: str) -> str:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_d17_ids_and_labels_are_those_of_the_picture(tokenizer: Any, name: str) -> None:
-    """Pictures in tests/trust/fixtures/templates; `LLMFT_DRAW=1` draws them anew, for a person to look at."""
+    """Pictures in tests/trust/fixtures/templates; `LLMFT_DRAW=1` draws them again, for a person to look at."""
     path = PICTURES / f"{name}.txt"
     drawn = picture(tokenizer, name)
     if os.environ.get("LLMFT_DRAW"):
@@ -371,5 +372,5 @@ def test_d17_ids_and_labels_are_those_of_the_picture(tokenizer: Any, name: str) 
 
 def test_a_config_without_answers_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.columns"):
-        given(tmp_path, lines(), "data.columns.prompt=null", "data.columns.response=null")
+        prepared_from(tmp_path, lines(), "data.columns.prompt=null", "data.columns.response=null")
     assert Columns().response is None

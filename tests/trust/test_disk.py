@@ -29,32 +29,32 @@ from tests.trust.helpers import LONGER, fork, newest_step, records, same_run, st
 
 @pytest.fixture
 def mounted(tmp_path: Path) -> Iterator[Callable[..., Path]]:
-    """Mounts small disks of their own in memory; skips where that is not allowed."""
-    made: list[Path] = []
+    """Mounts small disks in memory; skips where that is not allowed."""
+    mount_points: list[Path] = []
 
     def mount(name: str, size: str) -> Path:
-        place = tmp_path / name
-        place.mkdir()
-        done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)], capture_output=True, text=True
+        mount_point = tmp_path / name
+        mount_point.mkdir()
+        result = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(mount_point)], capture_output=True, text=True
         )
-        if done.returncode != 0:
-            pytest.skip(f"no disk of its own can be mounted here: {done.stderr.strip()}")
-        made.append(place)
-        return place
+        if result.returncode != 0:
+            pytest.skip(f"no disk of its own can be mounted here: {result.stderr.strip()}")
+        mount_points.append(mount_point)
+        return mount_point
 
     yield mount
-    for place in reversed(made):
-        subprocess.run(["umount", "-l", str(place)], check=True)
+    for mount_point in reversed(mount_points):
+        subprocess.run(["umount", "-l", str(mount_point)], check=True)
 
 
-def fill(place: Path, leave: int = 0) -> None:
-    """Fills the disk of `place` but for `leave` bytes."""
-    free = shutil.disk_usage(place).free
-    handle = os.open(place / "filler", os.O_WRONLY | os.O_CREAT)
+def fill(mount_point: Path, leave: int = 0) -> None:
+    """Fills the disk at `mount_point` except `leave` bytes."""
+    free = shutil.disk_usage(mount_point).free
+    handle = os.open(mount_point / "filler", os.O_WRONLY | os.O_CREAT)
     os.posix_fallocate(handle, 0, max(1, free - leave))
     os.close(handle)
-    assert shutil.disk_usage(place).free <= leave
+    assert shutil.disk_usage(mount_point).free <= leave
 
 
 def big(step: int, weights: int = 500_000) -> Checkpoint:
@@ -63,7 +63,7 @@ def big(step: int, weights: int = 500_000) -> Checkpoint:
 
 
 class TestR4KilledInsideASave:
-    """The file has its name only when it is whole; $TMPDIR plays no part."""
+    """The file gets its name only when it is complete; $TMPDIR is not used."""
 
     def test_r4_a_kill_at_any_moment_of_a_save_leaves_sound_checkpoints_only(
         self, mounted: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -82,7 +82,7 @@ class TestR4KilledInsideASave:
             first = step + 1
 
             def save(first: int = first) -> None:
-                # As long as on a disk that turns: a kill is to fall before the file has its name.
+                # As slow as a hard disk, so that kills come before the file has its name.
                 os.fsync = lambda handle: time.sleep(0.01)  # type: ignore[assignment]
                 for number in range(first, first + 1000):
                     save_checkpoint(directory, big(number))
@@ -95,8 +95,8 @@ class TestR4KilledInsideASave:
             time.sleep(chance.uniform(0, 0.04))
             os.kill(child.pid, signal.SIGKILL)
             child.wait()
-            for found in steps_on_disk(directory):
-                assert verify(path_of(directory, found)) is None, found
+            for saved_step in steps_on_disk(directory):
+                assert verify(path_of(directory, saved_step)) is None, saved_step
             leftovers += len(list(directory.glob(".*.tmp")))
             newest = newest_sound(directory, print)
             assert newest is not None
@@ -107,33 +107,33 @@ class TestR4KilledInsideASave:
 
 
 class TestR5FullDisk:
-    """Old checkpoints stay; needed and free bytes are named; exit code 74, or the training goes on."""
+    """Old checkpoints stay; needed and free bytes are named; exit code 74, or the training continues."""
 
     def test_r5_a_save_that_finds_no_room_names_the_bytes_and_leaves_the_old_one(
         self, mounted: Callable[..., Path]
     ) -> None:
-        place = mounted("disk", "8m")
-        save_checkpoint(place, big(1))
-        fill(place, leave=2 * 2**20)
+        mount_point = mounted("disk", "8m")
+        save_checkpoint(mount_point, big(1))
+        fill(mount_point, leave=2 * 2**20)
         with pytest.raises(OSError, match=r"2\.9 MiB needed, 2\.0 MiB free") as error:
-            save_checkpoint(place, big(2))
+            save_checkpoint(mount_point, big(2))
         assert error.value.errno == errno.ENOSPC
-        assert steps_on_disk(place) == [1]
-        assert verify(path_of(place, 1)) is None
-        assert not list(place.glob(".*"))
+        assert steps_on_disk(mount_point) == [1]
+        assert verify(path_of(mount_point, 1)) is None
+        assert not list(mount_point.glob(".*"))
 
     def test_r5_a_disk_that_fills_while_writing_leaves_no_half_file(
         self, mounted: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Somebody else took the room between the look and the write."""
-        place = mounted("disk", "8m")
-        save_checkpoint(place, big(1))
-        fill(place, leave=2**20)
+        """Another process fills the disk between the check and the write."""
+        mount_point = mounted("disk", "8m")
+        save_checkpoint(mount_point, big(1))
+        fill(mount_point, leave=2**20)
         monkeypatch.setattr(checkpoint, "check_space", lambda directory, needed: None)
         with pytest.raises(OSError, match="No space left"):
-            save_checkpoint(place, big(2))
-        assert steps_on_disk(place) == [1]
-        assert not list(place.glob(".*"))
+            save_checkpoint(mount_point, big(2))
+        assert steps_on_disk(mount_point) == [1]
+        assert not list(mount_point.glob(".*"))
 
     def full_from(self, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
         original = checkpoint.check_space
@@ -152,11 +152,11 @@ class TestR5FullDisk:
             self.full_from(patch, 5)
             child = start(tmp_path / "a")
             assert child.wait() == 74, child.text()
-        told = child.text()[child.text().index("llmft: ") :]
-        assert "the checkpoint of step 6 could not be written" in told
-        assert "2.0 MiB needed, 1.0 MiB free" in told
-        assert "the checkpoint of step 5 is intact" in told
-        assert "Traceback" not in told
+        message = child.text()[child.text().index("llmft: ") :]
+        assert "the checkpoint of step 6 could not be written" in message
+        assert "2.0 MiB needed, 1.0 MiB free" in message
+        assert "the checkpoint of step 5 is intact" in message
+        assert "Traceback" not in message
         again = start(tmp_path / "a")
         assert again.wait() == 0
         same_run(uninterrupted, run_directory(tmp_path / "a"))
@@ -174,63 +174,63 @@ class TestR5FullDisk:
     def test_r5_room_is_looked_for_before_the_first_step(
         self, mounted: Callable[..., Path], small: Callable[..., Any]
     ) -> None:
-        place = mounted("disk", "2m")
+        mount_point = mounted("disk", "2m")
         with pytest.raises(DiskError, match=r"[\d.]+ MiB needed, [\d.]+ MiB free for checkpoints and weights") as error:
-            train(small(f"output_dir={place}", "lora.r=16"), quiet=True)
+            train(small(f"output_dir={mount_point}", "lora.r=16"), quiet=True)
         assert error.value.exit_code == 74
-        assert not list(place.rglob("*.safetensors"))
+        assert not list(mount_point.rglob("*.safetensors"))
 
     def test_r5_a_disk_full_to_the_last_byte_is_one_sentence(
         self, mounted: Callable[..., Path], small: Callable[..., Any]
     ) -> None:
-        place = mounted("disk", "1m")
-        fill(place)
-        child = fork(lambda: train(small(f"output_dir={place}")), place.parent / "output.txt")
+        mount_point = mounted("disk", "1m")
+        fill(mount_point)
+        child = fork(lambda: train(small(f"output_dir={mount_point}")), mount_point.parent / "output.txt")
         assert child.wait() == 74, child.text()
         assert "Traceback" not in child.text()
 
     def test_r5_a_read_only_directory_is_one_sentence(
         self, mounted: Callable[..., Path], small: Callable[..., Any]
     ) -> None:
-        place = mounted("disk", "8m")
-        train(small(f"output_dir={place}"), quiet=True)
-        before = sorted(path for path in place.rglob("*") if path.is_file())
-        subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
-        assert train(small(f"output_dir={place}"), quiet=True) is not None, "what is done can be read"
+        mount_point = mounted("disk", "8m")
+        train(small(f"output_dir={mount_point}"), quiet=True)
+        before = sorted(path for path in mount_point.rglob("*") if path.is_file())
+        subprocess.run(["mount", "-o", "remount,ro", str(mount_point)], check=True)
+        assert train(small(f"output_dir={mount_point}"), quiet=True) is not None, "what is done can be read"
         for more in (["force=true"], ["seed=1"]):
             with pytest.raises(DiskError, match="Read-only file system"):
-                train(small(f"output_dir={place}", *more), quiet=True)
-        assert sorted(path for path in place.rglob("*") if path.is_file()) == before
+                train(small(f"output_dir={mount_point}", *more), quiet=True)
+        assert sorted(path for path in mount_point.rglob("*") if path.is_file()) == before
 
 
 @pytest.mark.slow
 def test_r6_a_full_tmpdir_does_not_matter(
     mounted: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = mounted("tmp", "1m")
-    fill(place)
-    done = llmft(*SMALL, "logger=wandb", f"output_dir={tmp_path}/out", cwd=tmp_path, TMPDIR=str(place))
-    assert done.returncode == 0, done.stderr
+    mount_point = mounted("tmp", "1m")
+    fill(mount_point)
+    result = llmft(*SMALL, "logger=wandb", f"output_dir={tmp_path}/out", cwd=tmp_path, TMPDIR=str(mount_point))
+    assert result.returncode == 0, result.stderr
     assert (run_directory(tmp_path / "out") / "adapter").is_dir()
 
 
 def test_r9_the_micro_batch_changes_neither_order_nor_numbers(tmp_path: Path) -> None:
-    """Rows are tokenised once and collated in the training process, so there are no loader workers to vary."""
-    found = []
+    """Rows are tokenised once and collated in the training process: there are no loader workers to vary."""
+    recorded = []
     for size in (8, "100tokens", 1):
         directory = whole_run(tmp_path / str(size), f"trainer.micro_batch={size}", base=SMALL)
-        found.append(records(directory))
-    for other in found[1:]:
-        for ours, theirs in zip(found[0], other, strict=True):
+        recorded.append(records(directory))
+    for other in recorded[1:]:
+        for ours, theirs in zip(recorded[0], other, strict=True):
             assert ours.keys() == theirs.keys()
             for name, value in ours.items():
                 assert value == pytest.approx(theirs[name], rel=1e-4), name
-            if ours["step"] <= 1 and "train/loss_nats" in ours:  # before rounding has gone through an optimizer
+            if ours["step"] <= 1 and "train/loss_nats" in ours:  # before an optimizer has amplified rounding
                 assert ours["train/loss_nats"] == pytest.approx(theirs["train/loss_nats"], rel=1e-6)
 
 
 class TestR14Orphans:
-    """Whoever is killed, nobody is left behind."""
+    """Whichever process is killed, none is left running."""
 
     ARGUMENTS = [  # noqa: RUF012
         *LONGER,
@@ -249,12 +249,12 @@ class TestR14Orphans:
             except (OSError, ValueError, IndexError):
                 continue
             children.setdefault(parent, []).append(int(entry.name))
-        found, queue = [], [pid]
+        pids, queue = [], [pid]
         while queue:
             for child in children.get(queue.pop(), []):
-                found.append(child)
+                pids.append(child)
                 queue.append(child)
-        return found
+        return pids
 
     @pytest.mark.slow
     def test_r14_no_process_outlives_a_killed_launcher(self, tmp_path: Path) -> None:
@@ -279,21 +279,21 @@ class TestR14Orphans:
 
     def test_r14_a_process_ends_with_the_one_that_started_it(self, tmp_path: Path) -> None:
         """Two forks: the grandchild asks to die with the child, which is killed."""
-        told = tmp_path / "pid"
+        pid_file = tmp_path / "pid"
 
         def child() -> None:
             if os.fork() == 0:
                 from llmft.core.machine import die_with_parent
 
                 die_with_parent()
-                told.write_text(str(os.getpid()))
+                pid_file.write_text(str(os.getpid()))
             time.sleep(60)
 
         started = fork(child, tmp_path / "output.txt")
         deadline = time.monotonic() + 10
-        while not (told.exists() and told.read_text()) and time.monotonic() < deadline:
+        while not (pid_file.exists() and pid_file.read_text()) and time.monotonic() < deadline:
             time.sleep(0.01)
-        grandchild = int(told.read_text())
+        grandchild = int(pid_file.read_text())
         os.kill(started.pid, signal.SIGKILL)
         started.wait()
         deadline = time.monotonic() + 10

@@ -1,4 +1,4 @@
-"""Hypothesis on what strangers write: row files, conversations, command lines.
+"""Hypothesis on untrusted input: row files, conversations, command lines.
 
 A short run by default; `LLMFT_FUZZ_S=600 python -m pytest tests/trust/test_fuzz.py -n 0 -k json_lines` looks for ten
 minutes and prints how much it tried.
@@ -49,18 +49,18 @@ files = st.one_of(lines, lines.map(lambda content: b"\xef\xbb\xbf" + content), s
 def check_rows(name: str, content: bytes) -> int:
     """Reads `content` with both policies; returns the number of rows.
 
-    Nothing but a DataError may leave, it must name the file and what to do; skipping reads the rows that are sound,
-    and the same ones that a strict reading gets to before the first bad one.
+    Only a DataError may be raised, and it must name the file and what to do; skipping reads the sound rows, the same
+    ones as a strict reading up to the first bad one.
     """
     path = Path(name)
     skipped = BadRows(BadRow.skip)
-    kept: list[Row] = []
+    rows: list[Row] = []
     try:
         for row in read(path, content, skipped):
-            kept.append(row)
+            rows.append(row)
     except DataError as error:
         assert str(error).startswith(name)
-    for row in kept:
+    for row in rows:
         assert isinstance(row.values, dict)
         assert row.where.startswith(f"{name}:")
         json.dumps(row.values, ensure_ascii=False).encode()
@@ -77,22 +77,22 @@ def check_rows(name: str, content: bytes) -> int:
         assert "Traceback" not in str(error)
     else:
         assert not skipped.rejected
-    assert [row.where for row in strict] == [row.where for row in kept[: len(strict)]]
-    return len(kept)
+    assert [row.where for row in strict] == [row.where for row in rows[: len(strict)]]
+    return len(rows)
 
 
 class TestFuzzReaders:
-    """Whatever the bytes, the answer is rows or one sentence."""
+    """Any bytes give rows or one sentence."""
 
     def look(self, name: str, contents: Any) -> None:
         tried = {"files": 0, "rows": 0, "bytes": 0, "with rows": 0}
         began = time.monotonic()
 
         def law(content: bytes) -> None:
-            found = check_rows(name, content)
+            num_rows = check_rows(name, content)
             tried["files"] += 1
-            tried["rows"] += found
-            tried["with rows"] += found > 0
+            tried["rows"] += num_rows
+            tried["with rows"] += num_rows > 0
             tried["bytes"] += len(content)
 
         again = 0
@@ -106,18 +106,18 @@ class TestFuzzReaders:
         self.look("rows.jsonl", files)
 
     def test_fuzz_json_arrays(self) -> None:
-        arrays = st.lists(rows, max_size=5).map(lambda found: json.dumps(found, ensure_ascii=False))
-        whole = arrays.map(lambda text: text.encode("utf-8", "surrogatepass"))
-        cut = st.tuples(whole, st.integers(0, 80), st.binary(max_size=3)).map(
+        arrays = st.lists(rows, max_size=5).map(lambda values: json.dumps(values, ensure_ascii=False))
+        content = arrays.map(lambda text: text.encode("utf-8", "surrogatepass"))
+        cut = st.tuples(content, st.integers(0, 80), st.binary(max_size=3)).map(
             lambda t: t[0][: t[1]] + t[2] + t[0][t[1] :]
         )
-        self.look("rows.json", whole | cut | st.binary(max_size=60))
+        self.look("rows.json", content | cut | st.binary(max_size=60))
 
     @pytest.mark.parametrize("name", ["rows.csv", "rows.tsv"])
     def test_fuzz_tables(self, name: str) -> None:
         cells = st.lists(st.text(alphabet='ab",;\t\r\n \x00é"', max_size=6), min_size=1, max_size=4)
         table = st.lists(cells, max_size=6).map(
-            lambda found: "\n".join((("\t" if name.endswith("tsv") else ",").join(row)) for row in found).encode()
+            lambda rows: "\n".join((("\t" if name.endswith("tsv") else ",").join(row)) for row in rows).encode()
         )
         self.look(name, table | st.binary(max_size=60))
 
@@ -135,7 +135,7 @@ turns = st.lists(
 
 
 class TestFuzzPrompts:
-    """Text, answers and their marks fit together, whatever people write into a conversation."""
+    """Text, answers and their marks are consistent for any conversation."""
 
     @pytest.mark.parametrize("name", FORMATS)
     def test_fuzz_spans_cover_exactly_the_answers_and_the_parts_make_the_text(self, name: str) -> None:
@@ -150,14 +150,14 @@ class TestFuzzPrompts:
                 for message in ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
             ]
             try:
-                made = prompt.render(messages)
+                rendered = prompt.render(messages)
             except ValueError as error:
                 assert str(error).startswith(f"prompt={name}: ")
                 return
-            places = [0, *(place for span in made.spans for place in span), len(made.text)]
+            places = [0, *(position for span in rendered.spans for position in span), len(rendered.text)]
             assert places == sorted(places), "spans are in order and do not overlap"
-            parts = [made.text[a:b] for a, b in itertools.pairwise(places)]
-            assert "".join(parts) == made.text
+            parts = [rendered.text[a:b] for a, b in itertools.pairwise(places)]
+            assert "".join(parts) == rendered.text
             learned = parts[1::2]
             if name == "plain":  # a document: all of it is learned
                 return
@@ -165,19 +165,19 @@ class TestFuzzPrompts:
             marker = prompt.end_marker()
             for (_, answer), part in zip(pairs, learned, strict=True):
                 assert part.strip().removesuffix(marker).strip() == answer.strip()
-            assert not any(mark in made.text for mark in ("\ue000", "\ue002")) or any(
+            assert not any(mark in rendered.text for mark in ("\ue000", "\ue002")) or any(
                 mark in text for pair in pairs for text in pair for mark in ("\ue000", "\ue002")
             )
 
         law()
 
     def test_fuzz_marks_in_the_rows_text_are_only_text(self) -> None:
-        """Also the private-use characters that stand around an answer while it renders."""
+        """Also the private-use characters that mark an answer during rendering."""
         prompt = PromptFormat(prompt_config("chatml"))
         text = "{% generation %} \ue000abc\ue001 {{ bos_token }} \ue002\ue003"
-        made = prompt.render([{"role": "user", "content": text}, {"role": "assistant", "content": text}])
-        assert len(made.spans) == 1
-        assert text in made.text[made.spans[0][0] : made.spans[0][1]]
+        rendered = prompt.render([{"role": "user", "content": text}, {"role": "assistant", "content": text}])
+        assert len(rendered.spans) == 1
+        assert text in rendered.text[rendered.spans[0][0] : rendered.spans[0][1]]
 
 
 @settings(SETTINGS, max_examples=25)
@@ -197,7 +197,7 @@ def test_fuzz_a_command_line_gives_a_config_or_one_sentence(capsys: Any, argumen
     except UserError:
         return
     except Exception as error:
-        told = explain(error, TrainConfig)
-        assert told is not None, repr(error)
-        report(told)
+        message = explain(error, TrainConfig)
+        assert message is not None, repr(error)
+        report(message)
         assert len(capsys.readouterr().err.splitlines()) == 1

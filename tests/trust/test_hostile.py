@@ -1,4 +1,4 @@
-"""A stranger's run directory, configs, models and data: each kind of thing that might run, hang, leak or lead away."""
+"""Untrusted run directories, configs, models and data: whatever might run code, hang, leak or escape a folder."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _both(old: Any, new: Any) -> bool:
 
 @pytest.fixture(scope="module")
 def small_config() -> TrainConfig:
-    """Composed once, for tests that change a copy."""
+    """A config composed once, for tests that change a copy."""
     return compose(*SMALL)
 
 
@@ -95,17 +95,17 @@ def stored(
     return write
 
 
-@pytest.mark.parametrize("place", NODES)
-def test_a_question_in_a_stored_config_is_refused_by_its_key(stored: Callable[..., Path], place: str) -> None:
+@pytest.mark.parametrize("key", NODES)
+def test_a_question_in_a_stored_config_is_refused_by_its_key(stored: Callable[..., Path], key: str) -> None:
     for question in QUESTIONS:
         with pytest.raises(ConfigError, match=r"config\.yaml: .*nothing is resolved") as refused:
-            stored_config(stored(NODES[place](question)))
-        assert place.rpartition(".")[2] in str(refused.value)
+            stored_config(stored(NODES[key](question)))
+        assert key.rpartition(".")[2] in str(refused.value)
         assert "planted-value" not in str(refused.value)
         assert not Path("ran").exists()
 
 
-@pytest.mark.parametrize("place", ["optimizer.betas", "trainer.callbacks", "logger.loggers", "trainer.strategy"])
+@pytest.mark.parametrize("key", ["optimizer.betas", "trainer.callbacks", "logger.loggers", "trainer.strategy"])
 @pytest.mark.parametrize(
     "value",
     [
@@ -121,9 +121,9 @@ def test_a_question_in_a_stored_config_is_refused_by_its_key(stored: Callable[..
     ],
     ids=str,
 )
-def test_the_arguments_of_a_target_are_plain_data(small_config: TrainConfig, place: str, value: Any) -> None:
+def test_the_arguments_of_a_target_are_plain_data(small_config: TrainConfig, key: str, value: Any) -> None:
     config = copy.deepcopy(small_config)
-    change = NODES[place](value)
+    change = NODES[key](value)
     config.optimizer = change.get("optimizer", config.optimizer)
     config.trainer.callbacks = change.get("trainer", {}).get("callbacks", {})
     config.trainer.strategy = change.get("trainer", {}).get("strategy", "auto")
@@ -203,9 +203,9 @@ def test_a_group_of_hydras_in_a_config_directory_is_refused(tmp_path: Path) -> N
 def test_the_command_refuses_such_a_file_before_hydra_acts(tmp_path: Path) -> None:
     (tmp_path / "c" / "experiment").mkdir(parents=True)
     (tmp_path / "c" / "experiment" / "evil.yaml").write_text(f"# @package _global_\n{FILES['callbacks']}\n")
-    done = llmft("--config-dir", "c", "experiment=evil", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "hydra.callbacks: a file may set" in done.stderr
+    result = llmft("--config-dir", "c", "experiment=evil", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "hydra.callbacks: a file may set" in result.stderr
     assert not (tmp_path / "ran").exists()
 
 
@@ -372,7 +372,7 @@ def half(references, predictions):
 
 @pytest.fixture
 def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A package of somebody's own, which nobody trusts yet."""
+    """A user's package that is not trusted yet."""
     name = f"mine_{abs(hash(str(tmp_path)))}"
     (tmp_path / f"{name}.py").write_text(MINE)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -409,9 +409,9 @@ def test_opening_a_run_trusts_nobody_again(mine: str, tmp_path: Path) -> None:
 def test_a_file_cannot_say_whom_to_trust(tmp_path: Path) -> None:
     (tmp_path / "c" / "experiment").mkdir(parents=True)
     (tmp_path / "c" / "experiment" / "x.yaml").write_text("# @package _global_\ntrusted_packages: [this]\n")
-    done = llmft("--config-dir", "c", "experiment=x", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "trusted_packages: a file cannot grant trust" in done.stderr
+    result = llmft("--config-dir", "c", "experiment=x", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "trusted_packages: a file cannot grant trust" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""W&B and the Hub refused, silent, gone in the middle, or not installed: W1 to W4, W6, W7 as a whole run meets them."""
+"""W&B and the Hub refusing, silent, gone in the middle, or not installed: W1 to W4, W6 and W7 in a complete run."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ def offline_within(root: Path, plain: Path, capsys: Any, why: str) -> None:
 
     def timed(*arguments: Any) -> Any:
         start = time.monotonic()
-        made = original(*arguments)
+        result = original(*arguments)
         waited.append(time.monotonic() - start)
-        return made
+        return result
 
     session.make_loggers = timed
     try:
@@ -106,7 +106,7 @@ def test_w3_no_key(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 
 class Stub(BaseHTTPRequestHandler):
-    """As much of a W&B server as a run needs to begin; it falls silent when `silent` is set."""
+    """The part of a W&B server that a run needs to start; it stops answering when `silent` is set."""
 
     silent = threading.Event()
     seen: list[str] = []  # noqa: RUF012
@@ -118,12 +118,12 @@ class Stub(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         body = self.rfile.read(length).decode("utf-8", "replace")
         self.seen.append(f"{self.command} {self.path} {body[:60]}")
-        made = self.reply(body).encode()
+        content = self.reply(body).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(made)))
+        self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(made)
+        self.wfile.write(content)
 
     do_GET = do_POST = do_PUT = answer
 
@@ -213,7 +213,7 @@ def test_w6_a_call_that_raises_costs_only_what_wandb_would_have_shown(
 
 
 class TestW7Hub:
-    """A model that is not cached, without a network: the answer comes at once and says what to do."""
+    """A model that is not cached, without a network: the error comes at once and says what to do."""
 
     MODEL = ModelConfig(name="m", id="mistralai/Mistral-7B-Instruct-v0.1", architecture="mistral")
 
@@ -234,11 +234,11 @@ class TestW7Hub:
         return str(error.value)
 
     def test_w7_offline_names_the_cache_the_switch_and_the_nearest_id(self, cache: Path) -> None:
-        told = self.refused(2)
-        assert "HF_HUB_OFFLINE" in told
-        assert str(cache) in told
-        assert "it contains mistralai/Mistral-7B-Instruct-v0.2" in told
-        assert "model.path=DIR" in told
+        message = self.refused(2)
+        assert "HF_HUB_OFFLINE" in message
+        assert str(cache) in message
+        assert "it contains mistralai/Mistral-7B-Instruct-v0.2" in message
+        assert "model.path=DIR" in message
 
     @pytest.mark.parametrize("kind", ["closed", "silent"])
     def test_w7_a_network_that_does_not_answer_costs_seconds(
@@ -254,8 +254,8 @@ class TestW7Hub:
             if kind == "silent":
                 hole.listen()
             monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{hole.getsockname()[1]}")
-            told = self.refused(8)
-        assert "cannot be reached" in told
-        assert str(cache) in told
-        assert "it contains mistralai/Mistral-7B-Instruct-v0.2" in told
-        assert "HF_ENDPOINT" in told
+            message = self.refused(8)
+        assert "cannot be reached" in message
+        assert str(cache) in message
+        assert "it contains mistralai/Mistral-7B-Instruct-v0.2" in message
+        assert "HF_ENDPOINT" in message

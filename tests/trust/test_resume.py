@@ -1,4 +1,4 @@
-"""Killed, stopped, damaged, out of memory: the run goes on to the same numbers.
+"""Killed, stopped, damaged, out of memory: the run continues to the same numbers.
 
 The ids in the names are those of the acceptance suite.
 """
@@ -48,8 +48,8 @@ from tests.trust.helpers import (
 SEED = os.environ.get("LLMFT_KILL_SEED", "11")
 
 
-def kill_again_and_again(root: Path, kills: int, whole: Path, *overrides: str, base: list[str] = LONGER) -> None:
-    """Kills a run at random moments until it has died `kills` times, then lets it end; compares with `whole`."""
+def kill_again_and_again(root: Path, kills: int, reference: Path, *overrides: str, base: list[str] = LONGER) -> None:
+    """Kills a run at random moments until it has died `kills` times, then lets it end; compares with `reference`."""
     chance = random.Random(f"{SEED}{overrides}")
     died = 0
     while True:
@@ -69,11 +69,11 @@ def kill_again_and_again(root: Path, kills: int, whole: Path, *overrides: str, b
         assert code == 0, child.text()
         break
     assert died >= min(kills, 15)
-    same_run(whole, run_directory(root))
+    same_run(reference, run_directory(root))
 
 
 def test_r1_kills_at_random_moments_end_in_bit_identical_weights(uninterrupted: Path, tmp_path: Path) -> None:
-    """Also of the numbers of every step, of the samples, and of the optimizer's state."""
+    """Compares every step's numbers, the samples and the optimizer's state too."""
     kill_again_and_again(tmp_path, 8, uninterrupted)
 
 
@@ -82,15 +82,15 @@ def test_r1_kills_at_random_moments_end_in_bit_identical_weights(uninterrupted: 
 @pytest.mark.parametrize("optimizer", ["adamw", pytest.param("adamw_8bit", marks=pytest.mark.slow)])
 def test_r1_twenty_kills_on_every_number_format(quantization: str, optimizer: str, tmp_path: Path) -> None:
     overrides = [f"quantization={quantization}", f"optimizer={optimizer}"]
-    whole = whole_run(tmp_path / "whole", *overrides)
-    kill_again_and_again(tmp_path / "killed", 20, whole, *overrides)
+    uninterrupted = whole_run(tmp_path / "whole", *overrides)
+    kill_again_and_again(tmp_path / "killed", 20, uninterrupted, *overrides)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", pytest.param("adamw_8bit", marks=pytest.mark.slow)])
 def test_r2_resumed_from_every_step_all_later_checkpoints_are_the_same(
     small: Callable[..., Any], tmp_path: Path, optimizer: str
 ) -> None:
-    """Also from the first and the last step, of an epoch and of the run; each resumption is itself resumed."""
+    """Also from the first and last step of an epoch and of the run; each resumed run is itself resumed."""
     every_step(
         small(
             f"optimizer={optimizer}",
@@ -135,8 +135,8 @@ def test_r2_resumed_from_every_step_of_every_kind_of_training(
 def every_step(config: Any, root: Path, steps: int) -> None:
     train(config, quiet=True)
     directory = run_directory(root)
-    whole = root / "whole"
-    shutil.copytree(directory, whole)
+    uninterrupted = root / "whole"
+    shutil.copytree(directory, uninterrupted)
     handed_over = "adapter" if config.lora.enabled else "model"
     for step in reversed(range(1, steps + 1)):
         for later in range(step + 1, steps + 1):
@@ -145,20 +145,20 @@ def every_step(config: Any, root: Path, steps: int) -> None:
         (directory / "run.json").write_text(json.dumps({"status": "running"}))
         shutil.rmtree(directory / handed_over)
         train(config, quiet=True)
-        for path in (whole / handed_over).glob("*.safetensors"):
+        for path in (uninterrupted / handed_over).glob("*.safetensors"):
             assert (directory / handed_over / path.name).read_bytes() == path.read_bytes(), step
-        assert (directory / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes(), step
+        assert (directory / "metrics.jsonl").read_bytes() == (uninterrupted / "metrics.jsonl").read_bytes(), step
         for later in range(step, steps + 1):
-            same_checkpoint(directory, whole, later)
+            same_checkpoint(directory, uninterrupted, later)
 
 
-def at_step(monkeypatch: pytest.MonkeyPatch, place: str, step: int, act: Callable[[Any], None]) -> None:
-    """Calls `act` with the trainer when a hook of the run is reached at `step`, once."""
+def at_step(monkeypatch: pytest.MonkeyPatch, phase: str, step: int, act: Callable[[Any], None]) -> None:
+    """Calls `act` with the trainer when the run reaches the hook of `phase` at `step`."""
     hook = {
         "step": "on_train_batch_end",
         "val": "on_validation_batch_end",
         "test": "on_test_batch_end",
-    }[place]
+    }[phase]
     original = getattr(Checkpointer, hook)
 
     def acted(self: Any, trainer: Any, module: Any, *arguments: Any, **keywords: Any) -> None:
@@ -181,11 +181,11 @@ class TestR3Signals:
     OVERRIDES = ["trainer.max_steps=6", "trainer.validate_every=2", "data.rows.test=8", "lora.dropout=0.1"]  # noqa: RUF012
 
     @pytest.fixture(scope="class")
-    def whole(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    def reference_run(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return whole_run(tmp_path_factory.mktemp("signals"), *self.OVERRIDES, base=SMALL)
 
     @pytest.fixture(scope="class")
-    def whole_in_threes(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    def reference_run_in_threes(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return whole_run(tmp_path_factory.mktemp("threes"), *self.OVERRIDES, "trainer.micro_batch=3", base=SMALL)
 
     @pytest.mark.parametrize(("signum", "code"), KINDS, ids=["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
@@ -195,7 +195,7 @@ class TestR3Signals:
     def test_r3_a_signal_at_any_micro_batch_is_met_at_the_step_boundary(
         self,
         small: Callable[..., Any],
-        whole_in_threes: Path,
+        reference_run_in_threes: Path,
         tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
         signum: int,
@@ -227,34 +227,34 @@ class TestR3Signals:
         assert steps_on_disk(directory / "checkpoints")[-1] == 4
         assert status(directory)["status"] == "interrupted"
         train(config, quiet=True)
-        same_run(whole_in_threes, directory, last=6)
+        same_run(reference_run_in_threes, directory, last=6)
         assert signal.getsignal(signum) is (signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
 
     PLACES = [("step", 1), ("step", 4), ("step", 6), ("val", 0), ("val", 4), ("test", 6)]  # noqa: RUF012
     OTHERS = [("step", 2), ("step", 3), ("step", 5), ("val", 2), ("val", 6)]  # noqa: RUF012
 
     @pytest.mark.parametrize(
-        ("place", "step"), [*PLACES, *(pytest.param(*other, marks=pytest.mark.slow) for other in OTHERS)]
+        ("phase", "step"), [*PLACES, *(pytest.param(*other, marks=pytest.mark.slow) for other in OTHERS)]
     )
     def test_r3_a_signal_anywhere_saves_and_the_resumed_run_is_the_same(
         self,
         small: Callable[..., Any],
-        whole: Path,
+        reference_run: Path,
         tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
-        place: str,
+        phase: str,
         step: int,
     ) -> None:
         config = small(*self.OVERRIDES)
         with monkeypatch.context() as patch:
-            at_step(patch, place, step, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
+            at_step(patch, phase, step, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
             with pytest.raises(Interrupted) as error:
                 train(config, quiet=True)
         assert error.value.exit_code == 143
         directory = run_directory(tmp_path)
         assert status(directory)["status"] == "interrupted"
         train(config, quiet=True)
-        same_run(whole, directory, last=6)
+        same_run(reference_run, directory, last=6)
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
     def test_r3_the_command_itself_leaves_with_the_code_and_says_how_to_go_on(
@@ -296,7 +296,7 @@ class TestR3Signals:
         assert time.monotonic() - began < 5
 
     def test_r3_one_wish_that_arrives_twice_is_one(self) -> None:
-        """`timeout` signals the process and its group; service managers send SIGHUP behind SIGTERM."""
+        """`timeout` signals the process and its group; service managers send SIGHUP after SIGTERM."""
         signals = stopping.Signals()
         signals.take()
         try:
@@ -309,7 +309,7 @@ class TestR3Signals:
 
 
 class TestR3Wishes:
-    """Files in the run directory and the clock."""
+    """Requests by files in the run directory and by the time limit."""
 
     @pytest.fixture(autouse=True)
     def look_always(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,12 +328,12 @@ class TestR3Wishes:
         assert "saved after step 5, as the file SAVE asked" in capsys.readouterr().out
         same_run(uninterrupted, directory)
 
-    @pytest.mark.parametrize("place", ["step", "val"])
+    @pytest.mark.parametrize("phase", ["step", "val"])
     def test_r3_touch_stop_saves_and_ends_with_exit_code_0(
-        self, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+        self, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str
     ) -> None:
         with monkeypatch.context() as patch:
-            at_step(patch, place, 8, lambda trainer: (run_directory(tmp_path) / "STOP").touch())
+            at_step(patch, phase, 8, lambda trainer: (run_directory(tmp_path) / "STOP").touch())
             with pytest.raises(Paused, match="asked by the file STOP: saved after step 8 of 24") as error:
                 train(compose(*LONGER, f"output_dir={tmp_path}"), quiet=True)
         assert error.value.exit_code == 0
@@ -354,7 +354,7 @@ class TestR3Wishes:
 
     @pytest.mark.slow
     def test_r3_max_time_saves_and_ends_with_exit_code_0(self, uninterrupted: Path, tmp_path: Path) -> None:
-        """Again and again, each start with a second, until it is done."""
+        """Restarts with a limit of a second until the run is done."""
         codes = []
         for _ in range(30):
             child = start(tmp_path, "trainer.max_time=0.9s")
@@ -421,10 +421,10 @@ class TestR8OlderCheckpoints:
         expected = json.loads((fixture / "expected.json").read_text())
         (path,) = fixture.glob("*.safetensors")
         assert verify(path) is None
-        found = load_checkpoint(path)
-        assert found.step == STEP
-        assert sorted(found.weights) == sorted(expected["weights"])
-        assert {name: sorted(entries) for name, entries in found.optimizer.items()} == expected["optimizer"]
+        checkpoint = load_checkpoint(path)
+        assert checkpoint.step == STEP
+        assert sorted(checkpoint.weights) == sorted(expected["weights"])
+        assert {name: sorted(entries) for name, entries in checkpoint.optimizer.items()} == expected["optimizer"]
         config = compose(*OVERRIDES, f"output_dir={tmp_path}")
         train(config, quiet=True)
         directory = run_directory(tmp_path)
@@ -456,16 +456,16 @@ class TestR8OlderCheckpoints:
     def test_r8_a_checkpoint_of_a_newer_llmft_says_so(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         import llmft.runs.checkpoint
 
-        made = Checkpoint(1, {"a": torch.zeros(2)}, {}, {})
+        checkpoint = Checkpoint(1, {"a": torch.zeros(2)}, {}, {})
         with monkeypatch.context() as patch:
             patch.setattr(llmft.runs.checkpoint, "FORMAT", 2)
-            path = save_checkpoint(tmp_path, made)
+            path = save_checkpoint(tmp_path, checkpoint)
         with pytest.raises(ConfigError, match="written by a newer llmft"):
             load_checkpoint(path)
 
 
 class TestR10OutOfMemory:
-    """A step that finds no memory is computed in smaller pieces; the numbers stay."""
+    """A step without enough memory is computed in smaller pieces with the same numbers."""
 
     ERRORS = {  # noqa: RUF012
         "cuda": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
@@ -481,17 +481,17 @@ class TestR10OutOfMemory:
         from llmft.training.objectives.language_modeling import LanguageModeling
 
         original = LanguageModeling.losses
-        asked: list[int] = []
+        sizes: list[int] = []
 
         def losses(objective: Any, model: Any, batch: Any) -> Any:
             if model.training is training:
-                asked.append(len(batch.rows))
-                if len(asked) > steps and len(batch.rows) > rows:
+                sizes.append(len(batch.rows))
+                if len(sizes) > steps and len(batch.rows) > rows:
                     raise self.ERRORS[kind]()
             return original(objective, model, batch)
 
         monkeypatch.setattr(LanguageModeling, "losses", losses)
-        return asked
+        return sizes
 
     @pytest.mark.parametrize("kind", ERRORS)
     def test_r10_every_way_of_saying_so_is_understood(self, kind: str) -> None:
@@ -504,19 +504,19 @@ class TestR10OutOfMemory:
         self, small: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         size = "trainer.micro_batch=8"
-        whole = whole_run(tmp_path / "whole", size, base=SMALL)
+        uninterrupted = whole_run(tmp_path / "whole", size, base=SMALL)
         tmp_path = tmp_path / "halved"
-        asked = self.limit(monkeypatch, 2, "cpu")
+        sizes = self.limit(monkeypatch, 2, "cpu")
         train(small(size, f"output_dir={tmp_path}"), quiet=True)
         directory = run_directory(tmp_path)
-        assert max(asked) == 8
-        assert set(asked[-16:]) == {2}
+        assert max(sizes) == 8
+        assert set(sizes[-16:]) == {2}
         notes = status(directory)["out_of_memory"]
         assert [(n["stage"], n["key"], n["from"], n["to"]) for n in notes] == [
             ("training", "trainer.micro_batch", 8, 4),
             ("training", "trainer.micro_batch", 4, 2),
         ]
-        for ours, theirs in zip(records(directory), records(whole), strict=False):
+        for ours, theirs in zip(records(directory), records(uninterrupted), strict=False):
             assert ours.keys() == theirs.keys()
             for name, value in ours.items():
                 assert value == pytest.approx(theirs[name], rel=1e-4), name
@@ -530,7 +530,7 @@ class TestR10OutOfMemory:
     def test_r10_nothing_that_was_learned_is_lost(
         self, small: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Memory runs out in step 3 of 4 without a checkpoint since step 2: the run goes on from there."""
+        """Memory runs out in step 3 of 4 without a checkpoint after step 2: the run continues from step 2."""
         self.limit(monkeypatch, 2, "cuda", steps=5)
         taken: list[int] = []
         original = FineTuner.training_step
@@ -545,19 +545,19 @@ class TestR10OutOfMemory:
     def test_r10_the_rescue_is_saved_when_the_failed_step_has_given_its_memory_back(
         self, small: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A forward, or memory that the frames of the error still hold, would end the rescue where memory is short."""
+        """A forward, or memory still held by the error's frames, would make the rescue run out of memory too."""
         import llmft.training.callbacks as callbacks
         from llmft.training.objectives.language_modeling import LanguageModeling
 
         losses, save = LanguageModeling.losses, callbacks.save_checkpoint
-        held: list[weakref.ref[torch.Tensor]] = []
+        references: list[weakref.ref[torch.Tensor]] = []
         saved: list[tuple[int, int, Any]] = []
 
         def failing(objective: Any, model: Any, batch: Any) -> Any:
             activations = torch.zeros(1000)
             if model.training:
-                held.append(weakref.ref(activations))
-            if model.training and len(held) == 6:
+                references.append(weakref.ref(activations))
+            if model.training and len(references) == 6:
                 try:
                     raise torch.OutOfMemoryError("CUDA out of memory.")
                 except RuntimeError as error:
@@ -565,7 +565,7 @@ class TestR10OutOfMemory:
             return losses(objective, model, batch)
 
         def saving(directory: Path, checkpoint: Any) -> Path:
-            alive = sum(reference() is not None for reference in held)
+            alive = sum(reference() is not None for reference in references)
             saved.append((checkpoint.step, alive, checkpoint.state["next_loss"]))
             return save(directory, checkpoint)
 
@@ -596,10 +596,10 @@ class TestR10OutOfMemory:
     def test_r10_under_auto_the_tokens_at_once_are_halved(
         self, small: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        asked = self.limit(monkeypatch, 2, "cpu")
+        sizes = self.limit(monkeypatch, 2, "cpu")
         train(small("trainer.micro_batch=auto"), quiet=True)
-        assert max(asked) == 8
-        assert max(asked[-4:]) <= 2
+        assert max(sizes) == 8
+        assert max(sizes[-4:]) <= 2
         notes = status(run_directory(tmp_path))["out_of_memory"]
         assert {note["key"] for note in notes} == {"trainer.micro_batch"}
         for before, after in pairwise(notes):
@@ -635,7 +635,7 @@ class TestR10OutOfMemory:
 
 
 class TestR12NotFinite:
-    """A loss or gradient that is no finite number stops before the optimizer's step."""
+    """A loss or gradient that is not finite stops the run before the optimizer's step."""
 
     def spoil(self, monkeypatch: pytest.MonkeyPatch, where: Callable[[int], bool], kind: str = "nan") -> None:
         """Spoils the loss or the gradient of the steps (from 1) that `where` names, in one row."""
@@ -649,13 +649,13 @@ class TestR12NotFinite:
             original_step(module, batch, index)
 
         def losses(objective: Any, model: Any, batch: Any) -> Any:
-            found = original(objective, model, batch)
+            output = original(objective, model, batch)
             if model.training and current.pop("first", False) and where(current["step"]):
                 if kind == "gradient":
-                    found.nll.register_hook(lambda gradient: gradient * float("inf"))
+                    output.nll.register_hook(lambda gradient: gradient * float("inf"))
                 else:
-                    found.nll[0] = found.nll[0] * float(kind)
-            return found
+                    output.nll[0] = output.nll[0] * float(kind)
+            return output
 
         monkeypatch.setattr(FineTuner, "training_step", step)
         monkeypatch.setattr(LanguageModeling, "losses", losses)
@@ -674,15 +674,15 @@ class TestR12NotFinite:
         assert status(directory)["status"] == "diverged"
         same_checkpoint(directory, uninterrupted, 10)
         assert steps_on_disk(directory / "checkpoints")[-1] == 10
-        kept = json.loads((directory / "not_finite" / "step-00000011.json").read_text())
-        assert kept["step"] == 11
-        assert ("gradient norm" if kind == "gradient" else "loss") in kept["reason"]
-        assert len(kept["rows"]) == 4
-        for row in kept["rows"]:
+        report = json.loads((directory / "not_finite" / "step-00000011.json").read_text())
+        assert report["step"] == 11
+        assert ("gradient norm" if kind == "gradient" else "loss") in report["reason"]
+        assert len(report["rows"]) == 4
+        for row in report["rows"]:
             assert row["where"].startswith("writers:train:")
             assert "Who wrote this text" in row["text"]
             assert row["labelled_tokens"] > 0
-        named = [row["where"] for row in kept["rows"] if isinstance(row["loss_nats"], str)]
+        named = [row["where"] for row in report["rows"] if isinstance(row["loss_nats"], str)]
         assert len(named) == (0 if kind == "gradient" else 1)
         assert all(where in str(error.value) for where in named)
         assert "step-00000011.json" in str(error.value)
@@ -734,7 +734,7 @@ class TestR12NotFinite:
 
 
 class TestR13FirstLossAfterResume:
-    """The loss that the next step would begin with is saved, and compared when the run goes on."""
+    """The first loss of the next step is saved, and compared when the run is resumed."""
 
     def stopped(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         config = compose(*LONGER, f"output_dir={tmp_path}")
@@ -761,9 +761,9 @@ class TestR13FirstLossAfterResume:
         config = self.stopped(tmp_path, monkeypatch)
         directory = run_directory(tmp_path) / "checkpoints"
         newest = steps_on_disk(directory)[-1]
-        found = load_checkpoint(path_of(directory, newest))
-        found.weights = {name: torch.randn_like(weight) for name, weight in found.weights.items()}
-        save_checkpoint(directory, found)
+        checkpoint = load_checkpoint(path_of(directory, newest))
+        checkpoint.weights = {name: torch.randn_like(weight) for name, weight in checkpoint.weights.items()}
+        save_checkpoint(directory, checkpoint)
         with pytest.raises(DivergedError, match=r"after step 10 the next row's loss was"):
             train(config, quiet=True)
 

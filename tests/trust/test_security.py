@@ -1,4 +1,4 @@
-"""Nothing that others wrote runs, hangs or leads elsewhere; no secret reaches a file."""
+"""Untrusted files run no code, do not hang and do not escape their folder; no secret reaches a file."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ TINY = PACKAGE / "assets" / "tiny"
 
 
 class TestPickleAndCode:
-    """No call in the package reads a pickle, or runs text as code."""
+    """No call in the package reads a pickle or runs text as code."""
 
     FORBIDDEN = {  # noqa: RUF012
         "eval",
@@ -120,13 +120,13 @@ class TestPickleAndCode:
             prepare(compose(*SMALL, "model=local", f"model.path={tmp_path}/model", f"output_dir={tmp_path}"))
 
     def test_hydras_way_to_run_a_pickle_again_is_closed(self, tmp_path: Path) -> None:
-        done = llmft("--exp", "x.pickle", cwd=tmp_path)
-        assert done.returncode == 2
-        assert "unpickles a file" in done.stderr
+        result = llmft("--exp", "x.pickle", cwd=tmp_path)
+        assert result.returncode == 2
+        assert "unpickles a file" in result.stderr
 
 
 class TestTargets:
-    """A config names only classes of a few packages; also one that lies in a run directory."""
+    """A config, also one in a run directory, may name only classes of a few packages."""
 
     EVIL = [  # noqa: RUF012
         "os.system",
@@ -229,7 +229,7 @@ class TestTargets:
 
 
 class TestTrust:
-    """A repository's code runs only where the command line says so, at a pinned revision."""
+    """A repository's code runs only where the command line allows it, at a pinned revision."""
 
     REVISION = "0123456789abcdef0123456789abcdef01234567"
 
@@ -239,9 +239,9 @@ class TestTrust:
             f"# @package _global_\nmodel:\n  trust_remote_code: true\n  revision: '{self.REVISION}'\n"
         )
         arguments = ["--config-dir", str(tmp_path / "c"), "experiment=evil", "model=mistral"]
-        done = llmft(*arguments, cwd=tmp_path)
-        assert done.returncode == 2
-        assert "a file cannot grant trust" in done.stderr
+        result = llmft(*arguments, cwd=tmp_path)
+        assert result.returncode == 2
+        assert "a file cannot grant trust" in result.stderr
         said = llmft(*arguments, "model.trust_remote_code=true", cwd=tmp_path)
         assert "a file cannot grant trust" not in said.stderr
         assert "set model.path=DIR" in said.stderr, "it goes on to look for the model"
@@ -262,7 +262,7 @@ class TestTrust:
             compose("model=mistral", "model.trust_remote_code=true", f"model.revision='{revision}'")
 
     def directory(self, tmp_path: Path) -> tuple[Path, Path]:
-        """A model whose files name code of their own, which leaves a mark when it runs."""
+        """A model whose files name their own code, which writes a file when it runs."""
         model, mark = tmp_path / "model", tmp_path / "ran"
         shutil.copytree(TINY, model)
         code = f"open({str(mark)!r}, 'w').close()\nfrom transformers import LlamaConfig as EvilConfig\n"
@@ -283,17 +283,17 @@ class TestTrust:
         config = json.loads((model / "config.json").read_text())
         config["model_type"] = model_type
         (model / "config.json").write_text(json.dumps(config))
-        asked = compose(*SMALL, "model=local", f"model.path={model}", f"output_dir={tmp_path}/o")
+        run_config = compose(*SMALL, "model=local", f"model.path={model}", f"output_dir={tmp_path}/o")
         if model_type == "evil":
             with pytest.raises(ConfigError):
-                train(asked, quiet=True)
+                train(run_config, quiet=True)
         else:
-            train(asked, quiet=True)  # transformers' own class reads it
+            train(run_config, quiet=True)  # transformers' own class reads it
         assert not mark.exists()
 
 
 class TestForeignFiles:
-    """Files of strangers are read within bounds, or refused in a sentence."""
+    """Untrusted files are read within limits, or refused in a sentence."""
 
     def test_an_alias_bomb_is_refused_at_once(self, tmp_path: Path) -> None:
         names = "abcdefghi"
@@ -343,15 +343,15 @@ class TestForeignFiles:
     def test_an_option_on_the_command_line_leads_nowhere_else(self, argument: str) -> None:
         with pytest.raises(ConfigError, match="a name is expected, not a path"):
             hydra_arguments([argument], TrainConfig, multirun=True)
-        kept = ["notes=../x", "output_dir=../x", "model={path: ../x}", "data.files=../x"]
-        assert len(hydra_arguments(kept, TrainConfig, multirun=True)) == 4
+        values = ["notes=../x", "output_dir=../x", "model={path: ../x}", "data.files=../x"]
+        assert len(hydra_arguments(values, TrainConfig, multirun=True)) == 4
 
     def test_the_command_refuses_it_too(self, tmp_path: Path) -> None:
         (tmp_path / "c").mkdir()
         (tmp_path / "c" / "bomb.yaml").write_text("a: &a 1\nb: [" + ",".join(["*a"] * 100) + "]\n")
-        done = llmft("--config-dir", "c", "--cfg", "job", cwd=tmp_path)
-        assert done.returncode == 2
-        assert "c/bomb.yaml: 100 aliases" in done.stderr
+        result = llmft("--config-dir", "c", "--cfg", "job", cwd=tmp_path)
+        assert result.returncode == 2
+        assert "c/bomb.yaml: 100 aliases" in result.stderr
 
     def test_stars_that_are_no_aliases_are_no_offence(self, tmp_path: Path) -> None:
         path = tmp_path / "many.yaml"
@@ -470,7 +470,7 @@ class TestForeignFiles:
 
 
 class TestTemplates:
-    """A template is bounded in time, memory and output, and sees nothing but the conversation."""
+    """A template is limited in time, memory and output, and sees only the conversation."""
 
     MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]  # noqa: RUF012
 
@@ -529,20 +529,20 @@ class TestTemplates:
     def test_a_long_conversation_is_no_offence(self) -> None:
         prompt = PromptFormat(prompt_config("chatml"))
         long = "x" * 10_000_000
-        made = prompt.render([{"role": "user", "content": long}, {"role": "assistant", "content": "a"}])
-        assert long in made.text
+        rendered = prompt.render([{"role": "user", "content": long}, {"role": "assistant", "content": "a"}])
+        assert long in rendered.text
 
 
 class TestNames:
-    """A name or a swept value cannot lead out of the output directory."""
+    """A name or a swept value cannot escape the output directory."""
 
     @pytest.mark.parametrize(
         "value", ["../../x", "/etc/x", "..", "a/../../b", "x" * 300, "\x00", "con\nfig", "~", "ü/ß"]
     )
     def test_names_are_slugs(self, value: str, tmp_path: Path) -> None:
-        made = slug(value)
-        assert set(made) <= set("abcdefghijklmnopqrstuvwxyz0123456789._-")
-        assert not made.startswith(".")
+        name = slug(value)
+        assert set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789._-")
+        assert not name.startswith(".")
         config = compose(f"output_dir={tmp_path}/o")
         config.name = value
         run = open_run(config, "0123456789")
@@ -554,15 +554,15 @@ class TestNames:
     )
     def test_an_option_is_a_name_and_no_path(self, value: str, tmp_path: Path) -> None:
         before = sorted(tmp_path.parent.iterdir())
-        done = llmft("-m", value, "lora.r=1,2", cwd=tmp_path)
-        assert done.returncode in (2, 5), done.stderr
-        assert "Traceback" not in done.stderr
+        result = llmft("-m", value, "lora.r=1,2", cwd=tmp_path)
+        assert result.returncode in (2, 5), result.stderr
+        assert "Traceback" not in result.stderr
         assert sorted(tmp_path.parent.iterdir()) == before
         assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 class TestW5Secrets:
-    """Planted in every place a person might put one, and looked for in every byte that is written."""
+    """Secrets are planted wherever a user might put one, and searched for in every written byte."""
 
     @pytest.mark.parametrize("kind", ["form", "environment"])
     def test_w5_no_planted_secret_is_written_anywhere(
@@ -606,7 +606,7 @@ class TestW5Secrets:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("MY_SERVICE_API_KEY", "Tr0ub4dor&3-and-more")
-        told = {
+        secrets = {
             "hub": {"token": "abc", "api_key": "abc"},
             "url": "https://me:pass@host/x",
             "note": "sk-" + "a" * 24,
@@ -614,7 +614,7 @@ class TestW5Secrets:
             "header": "Bearer " + "a" * 30,
             "list": ["before Tr0ub4dor&3-and-more after", "github_pat_" + "a" * 30],
         }
-        assert redact(told) == {
+        assert redact(secrets) == {
             "hub": {"token": "***", "api_key": "***"},
             "url": "https://***@host/x",
             "note": "***",
@@ -726,28 +726,28 @@ class TestW5Secrets:
 
     def test_w5_a_secret_on_the_command_line_is_refused_and_not_repeated(self, tmp_path: Path) -> None:
         secret = "hf_" + "S3cr3t" * 6
-        done = llmft("-m", f"notes={secret}", "seed=0,1", cwd=tmp_path)
-        assert done.returncode == 2
-        assert "notes: this looks like a secret" in done.stderr
-        assert secret not in done.stdout + done.stderr
+        result = llmft("-m", f"notes={secret}", "seed=0,1", cwd=tmp_path)
+        assert result.returncode == 2
+        assert "notes: this looks like a secret" in result.stderr
+        assert secret not in result.stdout + result.stderr
         assert not list(tmp_path.iterdir())
 
 
 def test_the_floors_of_the_packages_close_the_known_holes() -> None:
-    """And exclude the two releases of lightning that were malware."""
+    """They also exclude the two releases of lightning that were malware."""
     from packaging.requirements import Requirement
     from packaging.version import Version
 
     from llmft.checks.machine import MALICIOUS, requirements
 
-    wanted = {r.name: r.specifier for r in map(Requirement, requirements())}
+    specifiers = {r.name: r.specifier for r in map(Requirement, requirements())}
     for name, version in MALICIOUS:
-        assert not wanted[name].contains(version)
+        assert not specifiers[name].contains(version)
     floors = {"hydra-core": "1.3.8", "lightning": "2.6.6", "transformers": "5.3", "jinja2": "3.1.6", "torch": "2.6"}
     for name, floor in floors.items():
-        lowest = min(Version(s.version) for s in wanted[name] if s.operator == ">=")
+        lowest = min(Version(s.version) for s in specifiers[name] if s.operator == ">=")
         assert lowest >= Version(floor), name
-        assert any(s.operator == "<" for s in wanted[name]), f"{name} has no ceiling"
+        assert any(s.operator == "<" for s in specifiers[name]), f"{name} has no ceiling"
 
 
 def test_the_audit_fails_on_what_an_update_inside_our_ranges_closes_and_is_skipped_without_an_index() -> None:
@@ -767,15 +767,15 @@ def test_the_audit_fails_on_what_an_update_inside_our_ranges_closes_and_is_skipp
 
     audited = {"dependencies": [package("a", "1.5"), package("b", "2.1"), package("c"), package("d", "1.1", "x")]}
     audited["dependencies"].append({"name": "sound", "version": "1.0", "vulns": []})
-    wanted = {name: Requirement(f"{name}>=1,<2") for name in "abc"}
-    ours, others = audit.sort_out(audited, wanted)
+    ranges = {name: Requirement(f"{name}>=1,<2") for name in "abc"}
+    ours, others = audit.sort_out(audited, ranges)
     assert ours == ["a 1.0: CVE-a, closed by 1.5", "d 1.0: CVE-d, closed by 1.1"]
     assert others == ["b 1.0: CVE-b, closed by 2.1", "c 1.0: CVE-c, closed by no version"]
     assert "does not answer" in audit.why_not("http://127.0.0.1:1/")
 
 
 def test_a_run_directory_of_a_stranger_is_looked_at_without_harm(tmp_path: Path) -> None:
-    """`python -m llmft.disk` opens what others wrote."""
+    """`python -m llmft.disk` opens untrusted files."""
     from llmft.checks.disk import scan as look
     from llmft.config.commands import Cleaning, DiskConfig
 

@@ -28,7 +28,7 @@ from tests.conftest import ROOT, SMALL, compose, run_directory
 
 
 class TestDoctor:
-    """Verdicts and what to do, not a list of versions."""
+    """Verdicts with advice, not a list of versions."""
 
     def test_every_part_of_this_machine_has_a_verdict(self, tmp_path: Path) -> None:
         verdicts = machine.examine(DoctorConfig(str(tmp_path), network=False))
@@ -53,7 +53,7 @@ class TestDoctor:
             ((7, 5), ["sm_70", "sm_80"], "good"),
             ((6, 0), ["sm_70", "sm_75", "sm_80", "sm_90"], "bad"),  # Kaggle's P100
             ((12, 0), ["sm_80", "sm_90"], "bad"),
-            ((12, 0), ["sm_80", "sm_90", "compute_90"], "good"),  # PTX is compiled for what comes later
+            ((12, 0), ["sm_80", "sm_90", "compute_90"], "good"),  # PTX is compiled for later devices
             ((8, 0), ["sm_86"], "bad"),
             ((9, 0), ["sm_90a", "sm_100"], "good"),
         ],
@@ -75,7 +75,7 @@ class TestDoctor:
         assert "differs from the dequantised one by 1.0e-01" in verdict.found
 
     @pytest.mark.parametrize(
-        ("name", "version", "level", "told"),
+        ("name", "version", "level", "message"),
         [
             ("lightning", "2.6.2", "bad", "was malware"),
             ("transformers", "99.0", "warning", "transformers 99.0 (tested: "),
@@ -83,22 +83,22 @@ class TestDoctor:
         ],
     )
     def test_packages_that_are_missing_untried_or_malicious_are_named(
-        self, monkeypatch: pytest.MonkeyPatch, name: str, version: str | None, level: str, told: str
+        self, monkeypatch: pytest.MonkeyPatch, name: str, version: str | None, level: str, message: str
     ) -> None:
         import importlib.metadata
 
         original = importlib.metadata.version
 
-        def asked(package: str) -> str:
+        def version_of(package: str) -> str:
             if package != name:
                 return original(package)
             if version is None:
                 raise importlib.metadata.PackageNotFoundError(package)
             return version
 
-        monkeypatch.setattr(importlib.metadata, "version", asked)
-        found = [v for v in machine.packages() if told in v.found]
-        assert [v.level for v in found] == [level]
+        monkeypatch.setattr(importlib.metadata, "version", version_of)
+        verdicts = [v for v in machine.packages() if message in v.found]
+        assert [v.level for v in verdicts] == [level]
 
     def test_a_library_that_fails_is_a_verdict_and_no_crash(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def broken() -> Any:
@@ -118,24 +118,24 @@ class TestDoctor:
     def test_no_token_is_shown(self, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
         monkeypatch.setenv("HF_TOKEN", "hf_" + "x" * 30)
         monkeypatch.setenv("WANDB_API_KEY", "y" * 40)
-        found = {v.part: v for v in machine.accounts()}
-        assert {v.level for v in found.values()} == {"good"}
-        machine.show(list(found.values()))
+        verdicts = {v.part: v for v in machine.accounts()}
+        assert {v.level for v in verdicts.values()} == {"good"}
+        machine.show(list(verdicts.values()))
         assert "xxx" not in (out := capsys.readouterr().out)
         assert "yyy" not in out
 
     def test_the_command_answers(self, tmp_path: Path) -> None:
-        done = command("llmft.doctor", "network=false", f"output_dir={tmp_path}", cwd=tmp_path)
-        assert done.returncode in (0, 2), done.stderr
-        assert (" bad " in done.stdout) == (done.returncode == 2)
-        assert "Traceback" not in done.stderr
+        result = command("llmft.doctor", "network=false", f"output_dir={tmp_path}", cwd=tmp_path)
+        assert result.returncode in (0, 2), result.stderr
+        assert (" bad " in result.stdout) == (result.returncode == 2)
+        assert "Traceback" not in result.stderr
 
 
 KEEP_ALL = ["trainer.checkpoint_every=1", "trainer.keep_checkpoints=9"]
 
 
 class TestDisk:
-    """What lies where, and only what may go goes."""
+    """Disk usage by folder; only deletable files are deleted."""
 
     @pytest.fixture(scope="class")
     def trained(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -155,10 +155,10 @@ class TestDisk:
         directory = run_directory(root)
         (directory / "twice").hardlink_to(directory / "config.yaml")
         (directory / "link").symlink_to("/usr")
-        told = subprocess.run(
+        result = subprocess.run(
             ["du", "-s", "--block-size=1", str(directory)], capture_output=True, text=True, check=True
         )
-        assert size_of(directory) == int(told.stdout.split()[0])
+        assert size_of(directory) == int(result.stdout.split()[0])
 
     def test_nothing_goes_unless_it_is_asked_for_twice(self, root: Path, capsys: Any) -> None:
         before = sorted(root.rglob("*"))
@@ -197,12 +197,12 @@ class TestDisk:
     def test_a_run_that_is_being_trained_is_left_alone(self, root: Path) -> None:
         directory = run_directory(root)
         (directory / "checkpoints" / "step-00000009.bad").write_bytes(b"x")
-        held = Run(directory, "")
-        held.lock()
+        run = Run(directory, "")
+        run.lock()
         try:
             report = self.look(root, clean=[Cleaning.checkpoints, Cleaning.leftovers], keep=[], dry_run=False)
         finally:
-            held.unlock()
+            run.unlock()
         assert [run["state"] for run in report["runs"]] == ["training"]
         assert report["doomed"] == []
         assert len(list((directory / "checkpoints").iterdir())) == 9
@@ -248,8 +248,8 @@ class TestDisk:
         assert [run["merged"] for run in report["runs"]] == [
             size_of(directory / "merged") + size_of(directory / "gguf")
         ]
-        kept = [entry for entry in report["cached"] if entry["kind"] == "dequantised GGUF"]
-        assert [(entry["name"], entry["used_by"]) for entry in kept] == [(str(source), [directory.name])]
+        entries = [entry for entry in report["cached"] if entry["kind"] == "dequantised GGUF"]
+        assert [(entry["name"], entry["used_by"]) for entry in entries] == [(str(source), [directory.name])]
         self.look(root, clean=[Cleaning.merged, Cleaning.gguf], dry_run=False)
         assert not converted.exists()
         assert not (directory / "merged").exists()
@@ -277,7 +277,7 @@ class TestDisk:
             "import sys, runpy\nsys.argv = ['disk', *sys.argv[1:]]\n"
             "runpy.run_module('llmft.disk', run_name='__main__', alter_sys=True)\n"
         )
-        done = subprocess.run(
+        result = subprocess.run(
             [sys.executable, "-X", "importtime", "-c", program, f"output_dir={root}", "clean=[checkpoints]"],
             cwd=root,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -285,13 +285,13 @@ class TestDisk:
             text=True,
             timeout=60,
         )
-        assert done.returncode == 0, done.stderr
-        imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if "|" in line}
+        assert result.returncode == 0, result.stderr
+        imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines() if "|" in line}
         assert not imported & {"torch", "transformers", "lightning", "datasets", "wandb"}
-        assert "would be freed" in done.stdout
-        assert run_directory(root).name in done.stdout
+        assert "would be freed" in result.stdout
+        assert run_directory(root).name in result.stdout
 
     def test_a_mistyped_key_is_answered_as_everywhere(self, tmp_path: Path) -> None:
-        done = command("llmft.disk", "cleen=[tokens]", cwd=tmp_path)
-        assert done.returncode == 2
-        assert "cleen: no such key; did you mean clean?" in done.stderr
+        result = command("llmft.disk", "cleen=[tokens]", cwd=tmp_path)
+        assert result.returncode == 2
+        assert "cleen: no such key; did you mean clean?" in result.stderr

@@ -1,6 +1,6 @@
 """Makes the environments of the peers: `python -m tests.bench.peers [NAME …] [-- OPTION-OF-PIP …]`.
 
-Each of the files *.txt beside this one becomes an environment of its own in `.peers/` (or LLMFT_PEERS). On a machine
+Each file *.txt in this directory becomes an environment of its own in `.peers/` (or LLMFT_PEERS). On a machine
 without a GPU: `-- --extra-index-url https://download.pytorch.org/whl/cpu`, or `-- --find-links DIR` for wheels at hand.
 """
 
@@ -21,8 +21,8 @@ def main() -> None:
         return
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     files = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.txt"))}
-    wanted, options = arguments[:cut] or list(files), arguments[cut + 1 :]
-    for name in wanted:
+    names, options = arguments[:cut] or list(files), arguments[cut + 1 :]
+    for name in names:
         if name not in files:
             raise SystemExit(f"{name}: no such peer; there are {', '.join(files)}")
         venv.create(ENVIRONMENTS / name, with_pip=True)

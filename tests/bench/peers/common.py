@@ -1,8 +1,8 @@
-"""What the runners share: reading the work, and taking steps only when they are asked for.
+"""Code that the runners share: reading the work, and taking steps on demand.
 
-A runner is a process `python run_NAME.py WORK.json`. It reads numbers of steps from its standard input, takes so many
-optimizer steps, and answers each with one line of JSON on its standard output; all else that libraries print goes to
-the standard error. It imports nothing of llmft's.
+A runner is a process `python run_NAME.py WORK.json`. It reads numbers of steps from its standard input, takes that
+many optimizer steps, and answers each with one line of JSON on its standard output; all other output of libraries goes
+to the standard error. It imports nothing of llmft's.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def read_work() -> dict[str, Any]:
 
 
 def labelled(row: list[list[int]]) -> int:
-    """Labelled tokens of a row, whose first has nothing before it to be told from."""
+    """The number of labelled tokens of a row without its first, which nothing predicts."""
     return sum(label != -100 for label in row[1][1:])
 
 
 def set_threads(work: dict[str, Any]) -> None:
-    """As the work asks; else as torch chooses."""
+    """Sets the work's number of threads, if it has one."""
     import torch
 
     if work.get("threads"):
@@ -43,7 +43,7 @@ def set_threads(work: dict[str, Any]) -> None:
 
 
 def load_adapter(model: Any, work: dict[str, Any]) -> None:
-    """Puts the work's initial adapter into a PEFT model; every tensor must find its place."""
+    """Loads the work's initial adapter into a PEFT model; every tensor must match."""
     from safetensors.torch import load_file
 
     state = load_file(work["adapter"])
@@ -92,7 +92,7 @@ def tokenizer_of(work: dict[str, Any]) -> Any:
 
 
 def trainer_arguments(work: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """What trainers of transformers and TRL take alike: fp32 on the CPU, a constant rate, nothing logged or saved."""
+    """Arguments for trainers of transformers and TRL: fp32 on the CPU, a constant rate, nothing logged or saved."""
     steps = {}
     if "batches" in work:
         steps = {
@@ -121,7 +121,7 @@ def trainer_arguments(work: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 
 class Gate:
-    """Lets steps pass, and keeps their losses and seconds; and those of a reference before them."""
+    """Lets steps pass, and records their losses and seconds, and a reference's seconds."""
 
     def __init__(self) -> None:
         self.left = 0
@@ -135,7 +135,7 @@ class Gate:
         self._cpu_began = 0.0
 
     def begin(self) -> None:
-        """Before a step: waits for leave."""
+        """Waits for permission to take a step."""
         while self.left == 0:
             line = sys.stdin.readline()
             if not line:
@@ -146,7 +146,7 @@ class Gate:
         self._began = time.perf_counter()
 
     def end(self, loss: float) -> None:
-        """After a step whose loss, the mean over the labelled tokens of the effective batch, was `loss`."""
+        """Records a step whose loss, the mean over the labelled tokens of the effective batch, was `loss`."""
         self.seconds.append(time.perf_counter() - self._began)
         self.losses.append(float(loss))
         if self.first_at is None:
@@ -169,27 +169,27 @@ class Gate:
 def gated(trainer_class: type, gate: Gate, *, in_order: bool = True, mean: bool = False) -> tuple[Any, Any]:
     """A trainer of transformers' kind, and the callback that opens `gate` for a step.
 
-    With `in_order` it takes the rows as they come; else its own settings see to that.
+    With `in_order` the trainer is made to take the rows in order; without it, its own settings must do so.
 
-    The loss that is told of a step is the sum of its micro-batches' shares, or their `mean` where a trainer divides
-    each by their number after it has told it.
+    A step's recorded loss is the sum of its micro-batches' shares, or their `mean` where a trainer divides each by
+    their number only after computing it.
     """
     import torch
     from transformers import TrainerCallback
 
     seen: list[torch.Tensor] = []
 
-    class Telling(trainer_class):  # type: ignore[misc]
+    class LossRecorder(trainer_class):  # type: ignore[misc]
         def compute_loss(self, *arguments: Any, **named: Any) -> Any:
-            found = super().compute_loss(*arguments, **named)
-            seen.append((found[0] if isinstance(found, tuple) else found).detach())
-            return found
+            output = super().compute_loss(*arguments, **named)
+            seen.append((output[0] if isinstance(output, tuple) else output).detach())
+            return output
 
-    class InOrder(Telling):
+    class InOrder(LossRecorder):
         def _get_train_sampler(self, *arguments: Any, **named: Any) -> Any:
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
-    class Told(TrainerCallback):
+    class GateCallback(TrainerCallback):
         def on_step_begin(self, *arguments: Any, **named: Any) -> None:
             gate.begin()
 
@@ -197,4 +197,4 @@ def gated(trainer_class: type, gate: Gate, *, in_order: bool = True, mean: bool 
             gate.end(float(sum(seen)) / (len(seen) if mean else 1))
             seen.clear()
 
-    return InOrder if in_order else Telling, Told()
+    return InOrder if in_order else LossRecorder, GateCallback()

@@ -21,7 +21,7 @@ for batch in work["batches"]:
         part = rows[start : start + work["micro"]]
         width = max(len(ids) for ids, _ in part)
         ids = torch.tensor([ids + [work["pad"]] * (width - len(ids)) for ids, _ in part])
-        labels = torch.tensor([own + [-100] * (width - len(own)) for _, own in part])
+        labels = torch.tensor([answer + [-100] * (width - len(answer)) for _, answer in part])
         mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in part])
         loss = model(input_ids=ids, attention_mask=mask, labels=labels, num_items_in_batch=count, use_cache=False).loss
         loss.backward()

@@ -8,11 +8,11 @@ work = read_work()
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 set_threads(work)
-InOrder, told = gated(Trainer, Gate())
+InOrder, callback = gated(Trainer, Gate())
 InOrder(
     model=peft_model(work),
     args=TrainingArguments(**trainer_arguments(work, remove_unused_columns=False)),
     train_dataset=[{"input_ids": ids, "labels": labels} for ids, labels in rows_in_order(work)],
     data_collator=DataCollatorForSeq2Seq(tokenizer_of(work), pad_to_multiple_of=1),
-    callbacks=[told],
+    callbacks=[callback],
 ).train()

@@ -1,7 +1,7 @@
 """LitGPT's LoRA model with the body of its own training loop, under Fabric.
 
 Its loss is a mean within each micro-batch and a mean of these, which is the others' only with one micro-batch a step:
-whatever micro-batch is asked for, it takes the whole batch at once. Its loop does not clip, so the clipping is ours.
+it therefore always takes the whole batch at once. Its loop does not clip, so the clipping is ours.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from llamafactory.train.tuner import run_exp
 from transformers import PreTrainedTokenizerFast
 
 set_threads(work)
-Telling, told = gated(trainer.CustomSeq2SeqTrainer, Gate(), in_order=False)
+LossRecorder, callback = gated(trainer.CustomSeq2SeqTrainer, Gate(), in_order=False)
 
 
 def rows(*arguments: Any, **named: Any) -> Any:
@@ -28,22 +28,22 @@ def rows(*arguments: Any, **named: Any) -> Any:
 
 
 def tokenizer(*arguments: Any, **named: Any) -> Any:
-    made = PreTrainedTokenizerFast(tokenizer_file=f"{work['model']}/tokenizer.json", eos_token="</s>", bos_token="<s>")
-    made.pad_token_id = work["pad"]
-    return {"tokenizer": made, "processor": None}
+    fast = PreTrainedTokenizerFast(tokenizer_file=f"{work['model']}/tokenizer.json", eos_token="</s>", bos_token="<s>")
+    fast.pad_token_id = work["pad"]
+    return {"tokenizer": fast, "processor": None}
 
 
 load_model = workflow.load_model
 
 
 def model(*arguments: Any, **named: Any) -> Any:
-    made = load_model(*arguments, **named)
-    load_adapter(made, work)
-    return made
+    loaded = load_model(*arguments, **named)
+    load_adapter(loaded, work)
+    return loaded
 
 
 workflow.get_dataset, workflow.load_tokenizer, workflow.load_model = rows, tokenizer, model
-workflow.CustomSeq2SeqTrainer = Telling
+workflow.CustomSeq2SeqTrainer = LossRecorder
 run_exp(
     {
         "model_name_or_path": work["model"],
@@ -75,5 +75,5 @@ run_exp(
         "use_cpu": True,
         "remove_unused_columns": False,
     },
-    callbacks=[told],
+    callbacks=[callback],
 )

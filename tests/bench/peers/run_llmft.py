@@ -1,4 +1,4 @@
-"""llmft by its public path: `train` of a config, with all of its records; its reporter waits for leave to step."""
+"""llmft by its public path: `train` of a config, with all records; its reporter waits at the gate before each step."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from llmft.train import train
 from tests.conftest import compose
 
 
-class Told:
+class GateReporter:
     """A TrialReporter that takes a step when the gate opens."""
 
     def __init__(self) -> None:
@@ -44,12 +44,12 @@ class Told:
             self.gate.begin()
 
 
-reporter = Told()
+reporter = GateReporter()
 compute_references = llmft.training.references.compute_references
 
 
 def timed(*arguments: Any, **named: Any) -> Any:
-    """Computes a reference, and keeps its time."""
+    """Computes references, and records the time."""
     began = time.perf_counter()
     references = compute_references(*arguments, **named)
     reporter.gate.reference_s += time.perf_counter() - began
@@ -57,5 +57,5 @@ def timed(*arguments: Any, **named: Any) -> Any:
 
 
 llmft.training.references.compute_references = timed
-llmft.training.trial_reporter.STEP_EVERY_S = 0.0  # every step is told, not four a second
+llmft.training.trial_reporter.STEP_EVERY_S = 0.0  # every step is reported, not four a second
 train(compose(*work["overrides"], "progress=false", "force=true", *work.get("more", [])), quiet=True, reporter=reporter)

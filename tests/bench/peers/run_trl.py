@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 
 datasets.disable_progress_bars()
 set_threads(work)
-InOrder, told = gated(SFTTrainer, Gate())
+InOrder, callback = gated(SFTTrainer, Gate())
 rows = rows_in_order(work)
 marks = [[int(label != -100) for label in labels] for _, labels in rows]
 settings = trainer_arguments(
@@ -29,5 +29,5 @@ InOrder(
     args=SFTConfig(**settings),
     train_dataset=datasets.Dataset.from_dict({"input_ids": [ids for ids, _ in rows], "completion_mask": marks}),
     processing_class=tokenizer_of(work),
-    callbacks=[told],
+    callbacks=[callback],
 ).train()

@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer or RLOOTrainer with PEFT, on prompts, answers and rewards that are given."""
+"""TRL's GRPOTrainer or RLOOTrainer with PEFT, on the work's prompts, answers and rewards."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ windows = iter(work["windows"])
 answers = len(work["windows"][0])
 
 
-class Given(GRPOTrainer if grpo else RLOOTrainer):  # type: ignore[misc]
-    """Each window's answers are the next ones of the work."""
+class GivenAnswers(GRPOTrainer if grpo else RLOOTrainer):  # type: ignore[misc]
+    """Takes each window's answers from the work instead of generating them."""
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         self.window = next(windows)
@@ -37,7 +37,7 @@ def rewards(**named: Any) -> list[float]:
     return [row["reward"] for row in trainer.window]
 
 
-Told, told = gated(Given, Gate(), in_order=False)
+Recorded, callback = gated(GivenAnswers, Gate(), in_order=False)
 tokenizer = PreTrainedTokenizerFast.from_pretrained(work["model"])
 tokenizer.pad_token = tokenizer.convert_ids_to_tokens(work["pad"])
 more: dict[str, Any] = {"use_bias_correction_kl": False, "loss_type": "dapo"} if grpo else {}
@@ -54,12 +54,12 @@ settings = trainer_arguments(
     gradient_checkpointing=False,
 )
 rows = datasets.Dataset.from_dict({"prompt": ["x"] * answers})
-trainer = Told(
+trainer = Recorded(
     model=peft_model(work),
     args=(GRPOConfig if grpo else RLOOConfig)(**settings),
     train_dataset=rows,
     processing_class=tokenizer,
     reward_funcs=rewards,
-    callbacks=[told],
+    callbacks=[callback],
 )
 trainer.train()

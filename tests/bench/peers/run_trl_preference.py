@@ -1,7 +1,7 @@
 """TRL's DPOTrainer or RewardTrainer with PEFT, on pairs that are tokenised already; without its adapter, the model is
 DPO's reference.
 
-TRL's defaults are kept but for what would make another training of it or a slower one: fp32 without autocast, no
+TRL's defaults are kept except where they would change the training or slow it down: fp32 without autocast, no
 gradient checkpointing (unless the work asks for it), a constant rate, no cut of long rows.
 """
 
@@ -30,7 +30,7 @@ gate = Gate()
 
 
 class Ready(RewardTrainer if rewards else DPOTrainer):  # type: ignore[misc]
-    """Takes rows as they are, and keeps the time of a reference that is computed before the first step."""
+    """Takes rows as they are, and records the time of a reference computed before the first step."""
 
     def _prepare_dataset(self, dataset: Any, *arguments: Any, **named: Any) -> Any:
         return dataset
@@ -45,7 +45,7 @@ class Ready(RewardTrainer if rewards else DPOTrainer):  # type: ignore[misc]
 def rows_in_order() -> Any:
     """The rows of all steps, each step's longest first: rows of like length share a micro-batch.
 
-    From a file where the work names one, so that several runs share what TRL keeps of its reference.
+    From the file that the work names, if any, so that several runs share TRL's cached reference.
     """
     path = work.get("dataset")
     if path and Path(path).is_dir():
@@ -73,15 +73,15 @@ if rewards:
 else:
     options["beta"] = work["beta"]
 settings = trainer_arguments(work, **options, max_length=None, gradient_checkpointing=work["checkpointing"])
-InOrder, told = gated(Ready, gate, mean=True)
+InOrder, callback = gated(Ready, gate, mean=True)
 trainer = InOrder(
     model=model_class.from_pretrained(work["model"], dtype=torch.float32, **({"num_labels": 1} if rewards else {})),
     args=config(**settings),
     train_dataset=rows_in_order(),
-    # A reward is read at the last token that is not padding, so what pads does not end an answer.
+    # A reward is read at the last token that is not padding, so the padding token must not be the end token.
     processing_class=tokenizer_of(work),
-    callbacks=[told],
-    # Given to the trainer, so that the reference is the base itself and no copy of the adapter on it.
+    callbacks=[callback],
+    # With peft_config the reference is the base itself and not a copy of the adapter on it.
     peft_config=peft.LoraConfig(
         r=work["r"],
         lora_alpha=work["alpha"],

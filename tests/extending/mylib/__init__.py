@@ -1,1 +1,1 @@
-"""A package of somebody else's: what a user of llmft adds, each part in one file."""
+"""A user's package: extensions of llmft, each part in one file."""

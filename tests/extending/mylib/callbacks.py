@@ -6,7 +6,7 @@ from lightning.pytorch.callbacks import Callback
 
 
 class LossDiary(Callback):
-    """Writes the loss of every step to a file, by what Lightning documents alone."""
+    """Writes the loss of every step to a file, using only Lightning's documented interface."""
 
     def __init__(self, path: str) -> None:
         self.path = Path(path)

@@ -1,4 +1,4 @@
-"""The LoRA kernel is PEFT's own layer: its outputs, and its gradients with and without dropout."""
+"""The LoRA kernel has the outputs and gradients of PEFT's own layer, with and without dropout."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def test_loss_and_gradients_are_those_of_pefts_own_layers(architecture: str, for
     assert lora.uninstall(model), "the kernel was there"
     expected_loss, expected = loss_and_gradients(model)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
-    for gradient, wanted in zip(gradients, expected, strict=True):
-        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6)
+    for gradient, reference in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -56,9 +56,9 @@ def test_gradients_are_the_functions_own_slopes(dropout: float, bias: bool) -> N
 def test_dropout_leaves_the_mean_and_drops_the_adapters_input_alone() -> None:
     layer = torch.nn.Linear(64, 8).requires_grad_(False)
     x, a, b = torch.randn(1, 64), torch.randn(4, 64) / 8, torch.randn(8, 4)
-    whole = lora.lora_linear(x, layer, a, b, 1.0)
+    undropped = lora.lora_linear(x, layer, a, b, 1.0)
     torch.manual_seed(0)
     rows = lora.lora_linear(x.expand(20_000, -1), layer, a, b, 1.0, 0.25)
     assert rows.std(0).min() > 0
-    torch.testing.assert_close(rows.mean(0), whole[0], rtol=0, atol=0.1)
+    torch.testing.assert_close(rows.mean(0), undropped[0], rtol=0, atol=0.1)
     assert torch.equal(lora.lora_linear(x, layer, a, torch.zeros_like(b), 1.0, 0.25), layer(x))

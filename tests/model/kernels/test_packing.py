@@ -1,4 +1,4 @@
-"""Rows behind each other see what each would see alone, in every family; fused LoRA computes what PEFT's does."""
+"""Packed rows give the results of each row alone, in every family; fused LoRA computes the same as PEFT's."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def everywhere(ids: torch.Tensor) -> torch.Tensor:
 def check_as_each_alone(model: Any, ids: torch.Tensor, keep: torch.Tensor) -> None:
     """Logits of packed rows at the places that `keep` marks are those of a forward of each row."""
     with torch.no_grad():
-        found = logits.logits_at(model, ids, LENGTHS, np.nonzero(keep.numpy()))
+        packed_logits = logits.logits_at(model, ids, LENGTHS, np.nonzero(keep.numpy()))
         alone = [model(input_ids=ids[row : row + 1, :n], use_cache=False).logits[0] for row, n in enumerate(LENGTHS)]
     expected = torch.cat([logits[keep[row, : len(logits)]] for row, logits in enumerate(alone)])
-    assert (found - expected).abs().max() < 1e-5
+    assert (packed_logits - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("architecture", CAUSAL)
@@ -65,7 +65,7 @@ ODD: dict[str, tuple[dict[str, Any], bool]] = {
     # A layer that asks for attention twice, with other values; one whose states have a dimension more.
     "diffllama": ({}, True),
     "gemma3n_text": (STREAMS, True),
-    # Layers that look back without attention: their states would run on from row to row.
+    # Layers that look back without attention: their states would leak from row to row.
     "lfm2": ({"layer_types": ["full_attention", "conv"]}, False),
     "qwen3_5_text": ({**HEADS, "head_dim": 8, **LINEAR}, False),
     "minimax": ({"num_local_experts": 2, **LINEAR}, False),
@@ -76,8 +76,8 @@ ODD: dict[str, tuple[dict[str, Any], bool]] = {
 def test_odd_families_compute_rows_as_each_alone(architecture: str) -> None:
     config, packed = ODD[architecture]
     torch.manual_seed(0)
-    made = transformers.AutoConfig.for_model(architecture, **{**SIZES, **config})
-    model, ids = transformers.AutoModelForCausalLM.from_config(made, attn_implementation="sdpa").eval(), rows()
+    model_config = transformers.AutoConfig.for_model(architecture, **{**SIZES, **config})
+    model, ids = transformers.AutoModelForCausalLM.from_config(model_config, attn_implementation="sdpa").eval(), rows()
     kernels.install(model)
     assert packing.uses_packing(model) == packed
     check_as_each_alone(model, ids, everywhere(ids))
@@ -98,7 +98,7 @@ def test_a_sliding_window_holds_in_packed_rows_too(window: int | None) -> None:
 
 
 def test_rows_do_see_each_other_when_they_are_packed_carelessly() -> None:
-    # The control: what the tests above would look like if rows were not kept apart.
+    # The control: without separation of rows the tests above would fail.
     model, ids = base("llama"), rows()
     flattened = packing.pack(model, ids, LENGTHS)
     careless = {**flattened.arguments, "attention_mask": torch.ones_like(flattened.input_ids)}
@@ -153,11 +153,11 @@ def test_fused_lora_gives_the_losses_and_gradients_of_pefts_own_forward(
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             loss = LanguageModeling().losses(model, micro_batch()).nll.sum() / 50
         loss.backward()
-        found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         model.zero_grad()
-        return float(loss), found
+        return float(loss), gradients
 
-    if dropout:  # the same places dropped, whatever draws them
+    if dropout:  # the same positions are dropped in both
         fixed = lambda shape: (torch.arange(shape.numel()).view(shape) * 7919) % 10 >= 3  # noqa: E731
         monkeypatch.setattr(lora_kernel, "draw_mask", lambda x, dropout: fixed(x.shape))
         own_dropout = lambda self, x: x * fixed(x.shape[1:] if x.ndim == 3 else x.shape) / 0.7  # noqa: E731
@@ -193,20 +193,20 @@ def test_losses_in_chunks_are_those_of_all_positions_at_once(
     def run() -> tuple[torch.Tensor, list[torch.Tensor]]:
         losses = LanguageModeling().losses(model, micro_batch())
         (losses.nll * weights).sum().backward()
-        found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
         model.zero_grad()
-        return losses.nll.detach(), found
+        return losses.nll.detach(), gradients
 
-    whole, expected = run()
+    at_once, expected = run()
     assert not seen
     monkeypatch.setattr(logits, "positions_at_a_time", lambda vocabulary, device_type: 16)
     parts, gradients = run()
-    seen[:1] = []  # the head was asked once whether it is plain
+    seen[:1] = []  # one call only checks whether the head is plain
     assert (max(seen) == 16) if isinstance(lora.targets, str) else not seen, "a trained head is not taken apart"
-    assert torch.allclose(parts, whole, rtol=1e-5)
+    assert torch.allclose(parts, at_once, rtol=1e-5)
     assert all((a - b).norm() <= 1e-5 * b.norm() for a, b in zip(gradients, expected, strict=True))
     with torch.no_grad():
-        assert torch.allclose(LanguageModeling().losses(model, micro_batch()).nll, whole, rtol=1e-5)
+        assert torch.allclose(LanguageModeling().losses(model, micro_batch()).nll, at_once, rtol=1e-5)
 
 
 def test_a_model_that_scales_its_logits_is_not_taken_apart() -> None:
@@ -228,11 +228,11 @@ def reference_varlen(
     window_size: tuple[int, int] = (-1, -1),
     enable_gqa: bool = False,
 ) -> Any:
-    """What torch documents of its CUDA kernel, sequence by sequence: the last query is at the last key's place."""
+    """Torch's CUDA kernel as documented, sequence by sequence: the last query is at the last key's position."""
     assert of_queries.dtype == of_keys.dtype == torch.int32
     left, right = window_size
     assert right == 0
-    found = []
+    outputs = []
     for row in range(len(of_queries) - 1):
         places = [torch.arange(*each[row : row + 2].tolist()) for each in (of_queries, of_keys)]
         queries, keys = len(places[0]), len(places[1])
@@ -243,14 +243,14 @@ def reference_varlen(
         parts = (query[places[0]], key[places[1]], value[places[1]])
         q, k, v = (part.transpose(0, 1)[None] for part in parts)
         options = {"attn_mask": seen, "scale": scale, "enable_gqa": enable_gqa}
-        found.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)[0].transpose(0, 1))
-    return torch.cat(found)
+        outputs.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)[0].transpose(0, 1))
+    return torch.cat(outputs)
 
 
 def without_groups(
     query: Any, key: Any, value: Any, of_q: Any, of_k: Any, q: int, k: int, scale: Any = None, window_size: Any = None
 ) -> Any:
-    """The same before torch 2.12: every query has a key and a value of its own."""
+    """The same before torch 2.12, where every query head needs its own key and value head."""
     assert query.shape[1] == key.shape[1]
     return reference_varlen(query, key, value, of_q, of_k, q, k, scale, window_size)
 

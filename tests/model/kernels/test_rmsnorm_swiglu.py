@@ -1,4 +1,4 @@
-"""RMSNorm and SwiGLU in less memory have transformers' bits forward, and its gradients."""
+"""RMSNorm and SwiGLU in less memory equal transformers' bit for bit forward, and have its gradients."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.model.test_twins import FILES, load, twin
 
 NORMS = {"llama": True, "mistral": True, "qwen3": True, "gemma3": False, "olmo2": False, "cohere": False}
 NETWORKS = {"llama": True, "mistral": True, "gemma": True, "qwen2": True, "phi3": False, "beam": False}
-"""Gemma's network has the common form and another function, which is asked in each forward; Beam's computes in fp32."""
+"""Gemma's network has the common form with another activation, checked in each forward; Beam's computes in fp32."""
 
 
 def rows(model: Any) -> packing.PackedBatch:
@@ -37,12 +37,12 @@ def rows(model: Any) -> packing.PackedBatch:
 
 
 def class_of(family: str, suffix: str) -> Any:
-    """A fresh class with the family's own forward."""
+    """A new class with the family's own forward."""
     module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-    own = next(
+    original = next(
         kind for name, kind in vars(module).items() if name.endswith(suffix) and kind.__module__ == module.__name__
     )
-    return type("Own", (own,), {"forward": getattr(own.forward, "__wrapped__", own.forward)})
+    return type("Own", (original,), {"forward": getattr(original.forward, "__wrapped__", original.forward)})
 
 
 def norm_of(family: str) -> Any:
@@ -63,24 +63,24 @@ def is_replaced(module: torch.nn.Module) -> bool:
 
 
 def test_only_the_common_forwards_are_replaced_and_only_once() -> None:
-    for family, wanted in NORMS.items():
+    for family, expected in NORMS.items():
         norm = norm_of(family)
         rmsnorm_swiglu.install(norm)
-        assert is_replaced(norm) == wanted, family
+        assert is_replaced(norm) == expected, family
         assert type(norm).forward is class_of(family, type(norm).__bases__[0].__name__).forward
-    for family, wanted in NETWORKS.items():
+    for family, expected in NETWORKS.items():
         network = network_of(family)
         rmsnorm_swiglu.install(network)
-        assert is_replaced(network) == wanted, family
+        assert is_replaced(network) == expected, family
 
 
 def run(module: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     leaf = x.detach().clone().requires_grad_()
-    made = module(leaf)
-    weight = torch.randn(made.shape, generator=torch.Generator().manual_seed(3))
-    (made.float() * weight).sum().backward()
+    output = module(leaf)
+    weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(3))
+    (output.float() * weight).sum().backward()
     assert leaf.grad is not None
-    return made.detach(), leaf.grad
+    return output.detach(), leaf.grad
 
 
 def compared(module: Any, x: torch.Tensor) -> None:
@@ -117,26 +117,26 @@ def test_the_weight_of_a_norm_that_is_trained_has_a_gradient() -> None:
 
 
 def saved(model: Any) -> list[torch.Tensor]:
-    """What a training forward of `model` keeps, each storage once."""
-    kept: dict[int, torch.Tensor] = {}
+    """The tensors that a training forward of `model` saves, each storage once."""
+    storages: dict[int, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        storages.setdefault(tensor.untyped_storage().data_ptr(), tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         state = model(**rows(model).arguments).logits
     state.sum().backward()
-    return list(kept.values())
+    return list(storages.values())
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_of_a_layers_network_its_two_products_are_kept_and_what_is_made_of_them_is_made_again(dropout: float) -> None:
     name = FIRST["llama"]
-    own = twin(name, num_hidden_layers=3, intermediate_size=72)
+    model_config = twin(name, num_hidden_layers=3, intermediate_size=72)
     gradients = []
     for again in (True, False):
-        base = load(own, Located(None, "random"), FILES[name])
+        base = load(model_config, Located(None, "random"), FILES[name])
         model = adapters.attach(base, LoraConfig(r=4, dropout=dropout), auto_class="causal_lm", seed=0, name="")
         model.train()
         torch.manual_seed(5)
@@ -159,15 +159,15 @@ def test_losses_at_labels_and_their_gradients_are_torchs_own() -> None:
     draw = torch.Generator().manual_seed(2)
     logits, weights = 9 * torch.randn(7, 501, generator=draw), torch.rand(7, generator=draw)
     targets = torch.randint(501, (7,), generator=draw)
-    found = []
+    results = []
     for function in (_nll, lambda x, y: cross_entropy(x, y, reduction="none")):
         leaf = logits.clone().requires_grad_()
         losses = function(leaf, targets)
         (losses * weights).sum().backward()
         assert torch.equal(leaf.detach(), logits)
-        found.append((losses.detach(), leaf.grad))
-    assert torch.equal(found[0][0], found[1][0])
-    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-6, atol=1e-9)
+        results.append((losses.detach(), leaf.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-6, atol=1e-9)
 
 
 def test_a_second_backward_of_a_loss_is_refused() -> None:
@@ -179,13 +179,13 @@ def test_a_second_backward_of_a_loss_is_refused() -> None:
 
 
 def test_a_forward_that_fails_or_takes_more_is_left_to_itself() -> None:
-    own = type(norm_of("llama")).forward
+    original = type(norm_of("llama")).forward
 
     def fails(self: Any, h: torch.Tensor) -> torch.Tensor:
         raise AssertionError("three dimensions, please")
 
     def plus(self: Any, h: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        return own(self, h if residual is None else h + residual)
+        return original(self, h if residual is None else h + residual)
 
     strict, more = (
         type("Own", (class_of("llama", "RMSNorm"),), {"forward": forward})(16).requires_grad_(False)
@@ -196,8 +196,8 @@ def test_a_forward_that_fails_or_takes_more_is_left_to_itself() -> None:
     assert not is_replaced(strict)
     x = torch.randn(3, 16, requires_grad=True)
     assert is_replaced(more)
-    assert torch.equal(more(x, x), own(more, 2 * x))
-    assert torch.equal(more(h=x), own(more, x))
+    assert torch.equal(more(x, x), original(more, 2 * x))
+    assert torch.equal(more(h=x), original(more, x))
 
 
 def test_only_the_models_own_modules_are_changed_and_none_of_them_without_kernels() -> None:
@@ -207,9 +207,9 @@ def test_only_the_models_own_modules_are_changed_and_none_of_them_without_kernel
         model = replace(twin(name, num_hidden_layers=1), kernels=kernels)
         base = load(model, Located(None, "random"), FILES[name])
         adapted = adapters.attach(base, LoraConfig(r=2), auto_class="causal_lm", seed=0, name="", kernels=kernels)
-        own = [n for n, module in adapted.named_modules() if "forward" in vars(module)]
-        assert (len(own) > 8) == uses_packing(base) == (kernels is Kernels.auto)
-        assert bool(own) == (kernels is Kernels.auto)
+        replaced = [n for n, module in adapted.named_modules() if "forward" in vars(module)]
+        assert (len(replaced) > 8) == uses_packing(base) == (kernels is Kernels.auto)
+        assert bool(replaced) == (kernels is Kernels.auto)
     assert before == (LlamaMLP.forward, LlamaRMSNorm.forward)
 
 
