@@ -124,7 +124,7 @@ def _show_comparisons(screen: Screen, comparisons: dict[str, Any]) -> None:
 
 def _show_needs(screen: Screen, steps: dict[str, Any], needs: dict[str, Any], available_hours: float | None) -> None:
     screen.print(
-        f"[bold]steps[/bold]  {steps['total']:,} of {steps['batch_rows']} rows, {steps['tokens']:,} tokens, "
+        f"[bold]steps[/bold]  {steps['total']:,} with {steps['batch_rows']} rows each, {steps['tokens']:,} tokens, "
         f"validation every {steps['validate_every']}; computing takes {needs['seconds_at_least']:,.0f} s at least "
         f"on {needs['device']}"
     )

@@ -191,6 +191,8 @@ def _missing_option(error: Any) -> ConfigError:
         return ConfigError(f"{first_line(error).rstrip('.')}.")
     if not group:
         return ConfigError(f"no config named {wanted}{did_you_mean(wanted, options)}")
+    if wanted in ("hydra/launcher/submitit_slurm", "hydra/launcher/submitit_local"):
+        return ConfigError(f'{group}={option}: submitit is not installed; pip install "llmft[slurm]" adds it.')
     best = nearest(option, options)
     rest = [o for o in options if o != best]
     shown = ", ".join(rest[:40]) + (", …" if len(rest) > 40 else "")

@@ -25,7 +25,7 @@ def read_scores(path: Path) -> dict[str, float]:
         with path.open(newline="", encoding="utf-8-sig") as file:
             lines = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"lb={path}: {error}") from None
+        raise DataError(f"lb={path}: {getattr(error, 'strerror', None) or error}.") from None
     head = list(lines[0]) if lines else []
     run = next((c for c in head if c and c.strip().lower() in RUN_COLUMNS), None)
     score = next((c for c in head if c and c.strip().lower() in SCORE_COLUMNS), None)

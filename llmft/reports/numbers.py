@@ -105,7 +105,7 @@ def read_numbers(path: Path) -> list[Published]:
         with path.open(newline="", encoding="utf-8-sig") as file:
             lines = [[cell.strip() for cell in line] for line in csv.reader(file)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"numbers={path}: {error}") from None
+        raise DataError(f"numbers={path}: {getattr(error, 'strerror', None) or error}.") from None
     head = [name.lower() for name in lines[0]] if lines else []
     for name in head:
         if name not in COLUMNS:

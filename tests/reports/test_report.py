@@ -341,6 +341,9 @@ def test_leaderboard_scores_are_drawn_with_their_rank_correlation(grid: Path) ->
     table.write_text(f"run,score\n{runs[0].name},0.7\n{runs[1].name},zero\n")
     with pytest.raises(DataError, match=r"lb\.csv:3: 'zero' is not a number"):
         report(ReportConfig(runs=[str(grid)], lb=str(table), out=str(grid / "out")))
+    for key in ("lb", "numbers"):
+        with pytest.raises(DataError, match=rf"^{key}=\S+none\.csv: No such file or directory\.$"):
+            report(ReportConfig(runs=[str(grid)], out=str(grid / "out"), **{key: str(grid / "none.csv")}))
 
 
 def test_runs_are_found_by_glob_sweep_and_output_directory(grid: Path) -> None:
