@@ -13,7 +13,7 @@ from typing import Any
 
 NOISY = ("lightning", "transformers", "peft", "bitsandbytes", "torch", "accelerate", "huggingface_hub")
 _restore: list[Callable[[], Any]] = []
-"""Sets back what `load_libraries` made quiet, in this order."""
+"""Undoes what `load_libraries` silenced, the last first."""
 
 
 def load_libraries(*, training: bool = True) -> None:
