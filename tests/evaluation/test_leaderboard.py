@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 from llmft.blend import blend
 from llmft.config.commands import (
@@ -316,11 +317,11 @@ def trained_folds(baseline: Callable[..., Any], tmp_path: Path) -> list[str]:
 
 def with_old_names(run: Path) -> None:
     """Writes a run's config with the names that its keys had in the last release."""
-    text = (run / "config.yaml").read_text()
+    config = OmegaConf.load(run / "config.yaml")
     for old, new in RENAMED.items():
-        assert f"  {new.rpartition('.')[2]}:" in text
-        text = text.replace(f"  {new.rpartition('.')[2]}:", f"  {old.rpartition('.')[2]}:")
-    (run / "config.yaml").write_text(text)
+        group, key = new.split(".")
+        config[group][old.rpartition(".")[2]] = config[group].pop(key)
+    OmegaConf.save(config, run / "config.yaml")
 
 
 def template(tmp_path: Path, rows: int) -> str:

@@ -136,7 +136,7 @@ def test_a_base_that_was_not_kept_is_gone_before_the_next_one_loads(monkeypatch:
                 dtype=torch.float32,
                 device=torch.device("cpu"),
                 seed=seed,
-                keep=False,
+                keep_base=False,
             )
             made.append(weakref.ref(base))
             circle: list[Any] = [base]

@@ -189,7 +189,9 @@ def test_a_client_that_leaves_ends_a_request_that_waits_for_its_turn() -> None:
         request: Any = SimpleNamespace(cancelled=False, error="", text="", finish="", ids=[], tokens=[])
         run, engine = (cast(Any, SimpleNamespace(name="a", submit=lambda request: None)) for _ in range(2))
         parsed = ParsedRequest(run, [request], asyncio.Queue(), stream=False, with_usage=False, chat=False)
-        answering = asyncio.ensure_future(Api(engine, ServeConfig(run="a"))._answer(cast(Any, Left()), parsed))
+        answering = asyncio.ensure_future(
+            Api(engine, ServeConfig(run="a"), key=None)._answer(cast(Any, Left()), parsed)
+        )
         await asyncio.sleep(0.2)
         was_cancelled: bool = request.cancelled
         parsed.pieces.put_nowait((0, None))

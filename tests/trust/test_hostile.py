@@ -291,11 +291,11 @@ def test_a_damaged_record_is_one_sentence(run: Path, tmp_path: Path, name: str) 
 
 def test_an_attention_of_a_repository_is_refused_wherever_it_is_named(stored: Callable[..., Path]) -> None:
     for value in ("stranger/kernel", {"": "stranger/kernel"}, ["x"]):
-        with pytest.raises(ConfigError, match="code of others"):
+        with pytest.raises(ConfigError, match="third-party code"):
             stored_config(stored({"model": {"attn_implementation": value}}))
         config = compose(*SMALL)
         config.model.load_overrides = {"_attn_implementation": value}
-        with pytest.raises(ConfigError, match="code of others"):
+        with pytest.raises(ConfigError, match="third-party code"):
             train(config, quiet=True)
 
 
@@ -304,7 +304,7 @@ def test_an_attention_is_a_name(tmp_path: Path, value: Any) -> None:
     shutil.copytree(TINY, tmp_path / "model")
     path = tmp_path / "model" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "attn_implementation": value}))
-    with pytest.raises(ConfigError, match="code of others"):
+    with pytest.raises(ConfigError, match="third-party code"):
         check_model(tmp_path / "model")
 
 
