@@ -1,8 +1,8 @@
-"""stages -> one chain: `python -m llmft.pipeline pipeline=llama2`.
+"""Several commands as stages of one pipeline: `python -m llmft.pipeline pipeline=llama2`.
 
 A stage is a command with its overrides, in which `${stage:NAME}` is the result directory of an earlier stage. Every
 stage's command is run every time, in order: a finished one returns at once, a killed one continues, a changed one is
-another run. So the chain has no state of its own except a record.
+another run. So the pipeline has no state of its own except a record.
 """
 
 from __future__ import annotations

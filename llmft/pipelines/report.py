@@ -1,4 +1,4 @@
-"""The report of a chain: each stage before and after, rewards of its policies' answers, samples side by side."""
+"""The report of a pipeline: each stage before and after, rewards of its policies' answers, samples side by side."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def write_report(
         screen.print(text_table(header, lines, title, range(len(header))))
     text = "\n\n".join(f"## {title}\n\n{markdown_table(header, lines)}" for title, header, lines in tables)
     write_atomically(directory / "report.md", f"# {config.name}\n\n{text}\n".encode())
-    screen.print(f"[bold]chain[/bold]  {directory / 'report.md'}")
+    screen.print(f"[bold]pipeline[/bold]  {directory / 'report.md'}")
 
 
 def _stage_row(stage: Stage, result: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Plans and runs a chain, each stage as a child process, and writes its report."""
+"""Plans and runs a pipeline, each stage as a child process, and writes its report."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def run_pipeline(config: PipelineConfig, screen: Screen) -> Path | None:
     if config.dry_run:
         return None
     directory.mkdir(parents=True, exist_ok=True)
-    with exclusive_lock(directory / ".lock", RunBusy(f"{directory}: another process runs this chain; wait for it.")):
+    with exclusive_lock(directory / ".lock", RunBusy(f"{directory}: another process runs this pipeline; wait for it.")):
         results: dict[str, str] = {}
         entries: dict[str, Any] = {}
         for stage in stages:

@@ -1,4 +1,4 @@
-"""The stages of a chain: their dependencies and command lines."""
+"""The stages of a pipeline: their dependencies and command lines."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def filled(overrides: Sequence[str], results: Mapping[str, str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Stage:
-    """One command of a chain.
+    """One command of a pipeline.
 
     Attributes:
         needs: the earlier stages that its overrides refer to, in order.

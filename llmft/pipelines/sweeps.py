@@ -1,4 +1,4 @@
-"""Selects the run of a sweep with which a chain continues."""
+"""Selects the run of a sweep with which a pipeline continues."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def best_run(sweep: Path, screen: Screen) -> tuple[Path, list[Path]]:
     record = json.loads((sweep / "sweep.json").read_text())
     runs = {sweep.parent.parent / trial["run"]: trial for trial in record["trials"] if trial["value"] is not None}
     if not runs:
-        raise ConfigError(f"{sweep}: no trial has a result, so the chain cannot continue.")
+        raise ConfigError(f"{sweep}: no trial has a result, so the pipeline cannot continue.")
     sign = Mode(record["mode"]).sign
     best = min(runs, key=lambda run: sign * runs[run]["value"])
     study = Study([*runs], sweep)
