@@ -134,8 +134,8 @@ class Space:
             offered += [] if parent is None or parent.choices else _inside(parent, clauses)
             value = next((v for v in offered if all(clause.is_satisfied_by(v) for clause in clauses)), None)
             if value is None:
-                never = f"{parameter.key} is never active, since no value of {key} satisfies its condition."
-                raise ConfigError(f"hydra.sweeper.conditions: {never}")
+                never = f"{parameter.key} is never active, since no value of {key} satisfies its condition"
+                raise ConfigError(f"hydra.sweeper.conditions: {never}; change the condition or the range.")
             if parent is not None:
                 met = {**met, **self._condition_met(parent), key: value}
         return met
@@ -173,7 +173,8 @@ def wanted_trials(settings: SearchConfig, space: Space) -> tuple[int, list[dict[
     points = list(itertools.islice(space.combinations(), MOST_COMBINATIONS + 1))
     limit = settings.n_trials or len(points)
     if len(points) > MOST_COMBINATIONS and settings.n_trials is None:
-        raise ConfigError(f"hydra.sweeper.n_trials: set it; there are more than {MOST_COMBINATIONS:,} combinations.")
+        advice = f"there are more than {MOST_COMBINATIONS:,} combinations; set it, or choose another sampler."
+        raise ConfigError(f"hydra.sweeper.n_trials: {advice}")
     return min(limit, len(points)), points if settings.sampler == "grid" else None
 
 

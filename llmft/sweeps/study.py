@@ -68,7 +68,8 @@ class OptunaStudy:
                 raise
             reason = first_line(error)
             raise ConfigError(
-                f"{file}: the study cannot be read ({reason}); move it away to start a new one."
+                f"{file}: the study cannot be read ({reason}); move it away to start a new one, which trains no "
+                "finished trial again."
             ) from None
         memory = optuna.storages.InMemoryStorage()
         self._in_memory = optuna.create_study(storage=memory, study_name=NAME, direction=direction)
