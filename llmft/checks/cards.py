@@ -105,6 +105,4 @@ def cells(plan: dict[str, Any], available_hours: float | None) -> list[str]:
 
 
 def _duration(hours: float) -> str:
-    if hours < 1 / 60:
-        return "1 min"
-    return f"{hours * 60:.0f} min" if hours < 1 else f"{hours:.1f} h" if hours < 10 else f"{hours:,.0f} h"
+    return f"{max(1.0, hours * 60):.0f} min" if hours < 1 else f"{hours:.1f} h" if hours < 10 else f"{hours:,.0f} h"

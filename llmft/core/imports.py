@@ -13,7 +13,7 @@ from typing import Any
 
 NOISY = ("lightning", "transformers", "peft", "bitsandbytes", "torch", "accelerate", "huggingface_hub")
 _restore: list[Callable[[], Any]] = []
-"""Undoes what `load_libraries` silenced, the last first."""
+"""Undoes what `load_libraries` silenced, in this order: a level that Lightning's import set is recorded last."""
 
 
 def load_libraries(*, training: bool = True) -> None:

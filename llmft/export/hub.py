@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llmft.config.commands import PushConfig, Pushed
-from llmft.core.errors import ConfigError
+from llmft.core.errors import ConfigError, first_line
 from llmft.core.network import STALLED_S, NoAnswer, ask
 from llmft.core.redaction import redact
 from llmft.data.hub import PROBE_TIMEOUT_S
@@ -86,8 +86,9 @@ def send(config: PushConfig, folder: Path) -> str:
         raise
     except Exception as error:  # of the Hub, its client, or the HTTP client
         reason = error.__cause__ or error
-        line = (str(reason).splitlines() or [""])[0] or type(reason).__name__
-        raise ConfigError(f"repo={config.repo}: {constants.ENDPOINT} did not accept it ({line[:200]}).") from None
+        raise ConfigError(
+            f"repo={config.repo}: {constants.ENDPOINT} did not accept it ({first_line(reason)[:200]})."
+        ) from None
     finally:
         session.timeout = before
     return f"{address} ({'private' if private else 'PUBLIC'})"

@@ -137,8 +137,8 @@ class Predictions:
             "labels": self.labels,
             "rows": len(self.ids),
             "fingerprint": self.fingerprint,
+            **self.provenance,
         }
-        record |= self.provenance
         write_json(directory / "predictions.json", record)
         return directory
 

@@ -167,9 +167,7 @@ class Kto:
             logp = ratio + answers.reference[:, 0]  # type: ignore[index]
             drift = ratio / token_counts(answers, ratio.device)[:, 0]
             sides = [torch.where(good == side, value, missing) for value in (reward, logp) for side in (True, False)]
-            lengths = [
-                torch.zeros_like(ratio),
-                torch.full_like(ratio, 0.5),
-            ]  # a single answer has no other to be longer than
+            # A single answer has no other to be longer than.
+            lengths = [torch.zeros_like(ratio), torch.full_like(ratio, 0.5)]
             columns = [share_ahead(sign * ratio), sign * reward, *sides[:2], *lengths, *sides[2:], drift]
         return RowLosses.per_row(losses, torch.stack(columns, dim=1).double())
