@@ -63,8 +63,8 @@ def bench(config: BenchConfig, arguments: Sequence[str]) -> list[dict[str, Any]]
     from llmft.core.imports import load_libraries
 
     load_libraries(training=False)
-    subjects = _subjects(config, arguments)
-    points = [_points(config, subject) for subject in subjects]
+    subjects = subjects_of(config, arguments)
+    points = [points_of(config, subject) for subject in subjects]
     if not any(points):
         raise ConfigError(
             f"input_tokens={config.input_tokens} with output_tokens={config.output_tokens}: more than the context of "
@@ -114,7 +114,7 @@ def _measure(
     return estimates
 
 
-def _subjects(config: BenchConfig, arguments: Sequence[str]) -> list[Subject]:
+def subjects_of(config: BenchConfig, arguments: Sequence[str]) -> list[Subject]:
     """A subject for each model and quantisation, in this order."""
     overrides = [a for a in arguments if a.lstrip("+~").partition("=")[0].partition(".")[0] in GROUPS]
     common = [
@@ -164,7 +164,7 @@ def _subject(overrides: list[str]) -> Subject:
     return Subject(config, weights, context)
 
 
-def _points(config: BenchConfig, subject: Subject) -> list[tuple[int, int]]:
+def points_of(config: BenchConfig, subject: Subject) -> list[tuple[int, int]]:
     """Pairs of lengths that fit into the model's context, shortest first."""
     pairs = [(inputs, outputs) for inputs in config.input_tokens for outputs in config.output_tokens]
     limit = subject.context_tokens

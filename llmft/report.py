@@ -30,13 +30,13 @@ def report(config: ReportConfig, scores: list[str] | None = None) -> Any:
 
     screen = Screen()
     if config.numbers is not None:
-        return _report_numbers(Path(config.numbers), config, screen)
+        return _report_numbers(config.numbers, config, screen)
     from llmft.reports.leaderboard import read_scores, to_score
     from llmft.reports.run_selection import select_runs
     from llmft.reports.write import write_report
 
     selection = select_runs(config.runs, config.sweep, Path(config.output_dir))
-    scores_by_run = read_scores(Path(config.lb)) if config.lb is not None else {}
+    scores_by_run = read_scores(config.lb) if config.lb is not None else {}
     for score in scores or []:
         name, equals, value = score.rpartition("=")
         if not equals:
@@ -55,7 +55,7 @@ def report(config: ReportConfig, scores: list[str] | None = None) -> Any:
     return page
 
 
-def _report_numbers(file: Path, config: ReportConfig, screen: Any) -> Any:
+def _report_numbers(file: str, config: ReportConfig, screen: Any) -> Any:
     from rich.markup import escape
 
     from llmft.reports.numbers import judge_numbers, read_numbers

@@ -272,7 +272,7 @@ def _answer(assembled: Any, measured: Measured, case: Case) -> None:
     """Measures the time of the first token of `inference_rows` answers, and of each further one."""
     import torch
 
-    from llmft.data.encode import Ends
+    from llmft.data.ends import Ends
     from llmft.model.generate import generate
 
     base, model, rows = assembled.base, assembled.model, case.inference_rows

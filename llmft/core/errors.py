@@ -118,6 +118,11 @@ def first_line(error: BaseException) -> str:
     return line if isinstance(error, UserError) else line[:300]
 
 
+def one_line(error: BaseException) -> str:
+    """An error as records show it: a user's mistake as it is, others with their type's name before it."""
+    return first_line(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
+
+
 def as_user_error(error: BaseException) -> BaseException:
     """A DiskError for a full or unwritable disk; other errors unchanged."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):

@@ -9,7 +9,6 @@ that a server would send.
 from __future__ import annotations
 
 import hashlib
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -19,11 +18,14 @@ from typing import Any
 import numpy as np
 
 from llmft.config.convert import digest_of, key_fields
-from llmft.config.data import DataConfig, Truncation, Turns
+from llmft.config.data import DataConfig, Turns
 from llmft.core.errors import DataError
 from llmft.core.files import cache_directory
 from llmft.data.columns import Conversation
+from llmft.data.ends import Ends
 from llmft.data.examples import Examples, load_examples, save_examples
+from llmft.data.limits import LengthLimits, Lengths
+from llmft.data.parts import Part, Tokens
 from llmft.data.prompt import PromptFormat, Rendered
 from llmft.data.readers import BadRows
 
@@ -32,97 +34,6 @@ Encoded = tuple[Sequence[int], np.ndarray]
 CACHE_VERSION = 3
 BATCH_ROWS = 4096
 """Rows rendered and tokenised at once: enough for the tokenizer's threads, and small in memory."""
-
-
-@dataclass
-class Lengths:
-    """Counts of what the length limits did to one split."""
-
-    rows: int = 0
-    tokens: int = 0
-    labelled_tokens: int = 0
-    longest: int = 0
-    rows_cut: int = 0
-    prompt_tokens_cut: int = 0
-    rows_dropped: int = 0
-    answer_tokens_dropped: int = 0
-    dropped_by: dict[str, int] = field(default_factory=dict)
-    rows_joined: int = 0
-    """Rows in which the tokenizer merges a prompt with its answer, or an answer with the text after it."""
-    rows_split: int = 0
-    """Rows that became several sequences."""
-    rows_unlike: int = 0
-    """Rows whose prompt the template writes differently with an answer after it than for a server."""
-
-    @property
-    def answer_share_dropped(self) -> float:
-        """Share of all answer tokens that were dropped."""
-        return self.answer_tokens_dropped / max(1, self.answer_tokens_dropped + self.labelled_tokens)
-
-
-@dataclass(frozen=True)
-class Ends:
-    """What ends an answer: any of several tokens, or the format's end marker if that is more than one token.
-
-    Attributes:
-        ids: tokens of which each one ends an answer.
-        text: the marker of `num_tokens` tokens; empty where it is one of `ids`.
-    """
-
-    ids: list[int]
-    text: str = ""
-    num_tokens: int = 1
-    decode: Callable[[list[int]], str] = lambda ids: ""
-
-    def reached(self, ids: list[int]) -> bool:
-        """Whether `ids` end with the full marker."""
-        return bool(self.text) and self.text in self.decode(ids[-1 - len(self.text.encode()) :])
-
-    def trained(self, ids: list[int]) -> bool:
-        """Whether an answer of these tokens ends with an end token or the marker."""
-        return ids[-1:] != [] and (ids[-1] in self.ids or self.reached(ids))
-
-    def cut(self, ids: list[int]) -> list[int]:
-        """`ids` before the first end; with the marker if its first token also contains text of the answer."""
-        ids = ids[: next((index for index, token in enumerate(ids) if token in self.ids), len(ids))]
-        text = self.decode(ids) if self.text else ""
-        marker_start = text.find(self.text) if self.text else -1
-        if marker_start < 0:
-            return ids
-        positions = range(len(ids) + 1)
-        end = bisect_left(positions, marker_start, key=lambda index: len(self.decode(ids[:index])))
-        if self.decode(ids[:end]) == text[:marker_start]:
-            return ids[:end]
-        return ids[: bisect_left(positions, True, key=lambda index: self.text in self.decode(ids[:index]))]
-
-
-@dataclass
-class Tokens:
-    """The tokens of a text or of its beginning, with their character offsets."""
-
-    ids: list[int]
-    starts: list[int]
-    ends: list[int]
-
-    @classmethod
-    def of(cls, encoding: Any) -> Tokens:
-        """From an `Encoding` of the tokenizers library."""
-        offsets = encoding.offsets
-        return cls(encoding.ids, [start for start, _ in offsets], [end for _, end in offsets])
-
-    def within(self, start: int, end: int) -> tuple[int, int]:
-        """(first, last) of the tokens that overlap the characters from `start` to `end`, `last` excluded."""
-        return bisect_right(self.ends, start), bisect_left(self.starts, end)
-
-
-@dataclass
-class Part:
-    """A row or a part of it as one training sequence: its conversation, its text, and the spans that are learned."""
-
-    conversation: Conversation
-    rendered: Rendered
-    spans: list[tuple[int, int]]
-    tokens: Tokens = field(default_factory=lambda: Tokens([], [], []))
 
 
 @dataclass
@@ -171,6 +82,10 @@ class Encoder:
             if token not in ids and (token in self._added_tokens or not marker_ids)
         ]
         return Ends(ids, text, len(marker_ids), self._decode)
+
+    @cached_property
+    def _limits(self) -> LengthLimits:
+        return LengthLimits(self.data, self.prompt)
 
     def _decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -307,7 +222,9 @@ class Encoder:
             problems.add(where, "no token of an answer, or of what it answers, is left to learn from", None)
             return None
         longest = max(range(len(answers)), key=lambda index: len(answers[index]))
-        region = self._limit(parts[longest], len(prompt), len(answers[longest]), sum(map(len, answers)), lengths)
+        region = self._limits.region(
+            parts[longest], len(prompt), len(answers[longest]), sum(map(len, answers)), lengths
+        )
         if region is None:
             return None
         prompt = [*prompt[: region[0]], *prompt[region[1] :]]
@@ -422,87 +339,11 @@ class Encoder:
         if not limited:
             return ids, marks
         learned = int(marks.sum())
-        region = self._limit(part, len(ids) - learned, learned, learned, lengths)
+        region = self._limits.region(part, len(ids) - learned, learned, learned, lengths)
         if region is None:
             return None
         start, stop = region
         return ids[:start] + ids[stop:], np.concatenate([marks[:start], marks[stop:]])
-
-    # ------------------------------------------------------------------------------------------------------- limits
-
-    def _limit(self, part: Part, prompt: int, answer: int, learned: int, lengths: Lengths) -> tuple[int, int] | None:
-        """The range of tokens to cut, empty for a row that fits; None to drop the row. Counts both in `lengths`.
-
-        `prompt` and `answer` are the row's numbers of tokens, of several answers those of the longest one, and
-        `learned` is the number in all answers.
-        """
-        data, conversation, total = self.data, part.conversation, prompt + answer
-
-        def drop(key: str) -> tuple[int, int] | None:
-            lengths.dropped_by[key] = lengths.dropped_by.get(key, 0) + 1
-            lengths.rows_dropped += 1
-            lengths.answer_tokens_dropped += learned
-            return None
-
-        if answer > (data.max_answer_tokens or answer):
-            return drop("data.max_answer_tokens")
-        if conversation.learns_text and answer < data.min_answer_tokens:
-            return drop("data.min_answer_tokens")
-        if prompt < data.min_prompt_tokens:
-            return drop("data.min_prompt_tokens")
-        over_prompt = prompt - (data.max_prompt_tokens or prompt)
-        over_total = total - data.max_tokens
-        if max(over_prompt, over_total) <= 0:
-            return 0, 0
-        key = "data.max_tokens" if over_total >= over_prompt else "data.max_prompt_tokens"
-        if data.truncation is Truncation.error:
-            limit = getattr(data, key.removeprefix("data."))
-            raise DataError(
-                f"{conversation.where}: {total} tokens, {prompt} of them prompt, exceed {key}={limit}; "
-                "set data.truncation=drop to leave such rows out, or cut_prompt_left to shorten their prompt."
-            )
-        excess = max(over_prompt, over_total)
-        region = self._cut(part, excess)
-        if region is None:
-            return drop(key)
-        lengths.rows_cut += 1
-        lengths.prompt_tokens_cut += excess
-        return region
-
-    def _cut(self, part: Part, excess: int, generation: bool = False) -> tuple[int, int] | None:
-        """The range of `excess` tokens to cut from the longest text of the first question; None if it is too short.
-
-        Only the user's text is cut. Headers, special tokens and answers are never cut.
-        """
-        policy = self.data.truncation
-        if policy is Truncation.drop:
-            return None
-        messages = part.conversation.messages
-        if generation and messages[-1]["role"] == "assistant":
-            messages = messages[:-1]
-        text, spans = self.prompt.own_text(
-            messages, tools=part.conversation.tools, add_generation_prompt=generation, wanted=frozenset()
-        )
-        tokens, rendered = part.tokens, part.rendered.text
-        longest: list[int] = []
-        for begin, end in spans:
-            if text[:end] != rendered[:end]:
-                continue
-            inside = [
-                index
-                for index, (start, stop) in enumerate(zip(tokens.starts, tokens.ends, strict=True))
-                if begin <= start < stop <= end
-            ]
-            longest = max(longest, inside, key=len)
-        if len(longest) <= excess:
-            return None
-        if policy is Truncation.cut_prompt_left:
-            first = longest[0]
-        elif policy is Truncation.cut_prompt_right:
-            first = longest[-1] + 1 - excess
-        else:
-            first = longest[(len(longest) - excess) // 2]
-        return first, first + excess
 
     def prompt_ids(self, conversation: Conversation) -> list[int]:
         """Token ids of the prompt as a server would send them, cut like a training row.
@@ -517,5 +358,5 @@ class Encoder:
         ids = tokens.ids
         limit = min(self.data.max_tokens, self.data.max_prompt_tokens or self.data.max_tokens)
         part = Part(conversation, rendered, [], tokens)
-        region = self._cut(part, len(ids) - limit, True) if len(ids) > limit else None
+        region = self._limits.cut(part, len(ids) - limit, True) if len(ids) > limit else None
         return ids if region is None else ids[: region[0]] + ids[region[1] :]

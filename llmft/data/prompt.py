@@ -12,11 +12,10 @@ that the whole conversation's text writes differently is `rewritten`: it is lear
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import json
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -31,6 +30,7 @@ from llmft.config.data import PromptConfig, SystemRole
 from llmft.core.errors import ConfigError
 from llmft.data.messages import Message
 from llmft.data.sandbox import compile_bounded, make_environment, render_bounded
+from llmft.data.tool_calls import call_form, has_python_arguments, with_placeholders
 
 # Marks around answers while a template renders, random per process so that no text contains them.
 _OPEN = f"\ue000{secrets.randbits(64):020}\ue001"
@@ -324,7 +324,7 @@ class PromptFormat:
             if "tool_calls" in turn:
                 replaced: list[str] = []
                 functions = [{key: c["function"][key] for key in ("name", "arguments")} for c in turn["tool_calls"]]
-                functions = _with_placeholders(functions, words, replaced)
+                functions = with_placeholders(functions, words, replaced)
                 pairs = zip(turn["tool_calls"], functions, strict=True)
                 turn["tool_calls"] = [{**call, "function": function} for call, function in pairs]
                 expected += [("tool_calls", word, number, learned) for word in replaced]
@@ -358,14 +358,14 @@ class PromptFormat:
             ids.append(f"call{max(0, number - 1)}")
         for form in list(self._call_forms):
             try:
-                forms = [_call_form(turn, name, *form) for turn, name in zip(turns, ids, strict=True)]
+                forms = [call_form(turn, name, *form) for turn, name in zip(turns, ids, strict=True)]
                 text = self._render_template(forms, tools, generation)
             except ValueError as error:
                 first_error = first_error or error
                 continue
             source = json.dumps([turns, tools], default=str)
             writes_none = form[0] is None and "None" in text and "None" not in source
-            if writes_none or _has_python_arguments(turns, text):
+            if writes_none or has_python_arguments(turns, text):
                 continue
             self._call_forms.sort(key=lambda other, form=form: other != form)  # type: ignore[misc]
             return text
@@ -444,49 +444,6 @@ def _contains(text: str, part: str, escaped: bool = False) -> bool:
         return True
     squeezed = "".join(text.split())
     return "".join(part.split()) in squeezed or (escaped and "".join(part.split()) in "".join(squeezed.split("\\")))
-
-
-def _with_placeholders(value: Any, words: Iterator[str], used: list[str]) -> Any:
-    """`value` with every text replaced by one of `words`; keys and numbers stay."""
-    if isinstance(value, dict):
-        return {key: _with_placeholders(entry, words, used) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_with_placeholders(entry, words, used) for entry in value]
-    if isinstance(value, str):
-        used.append(next(words))
-        return used[-1]
-    return value
-
-
-def _call_form(turn: Message, name: str, empty_content: str | None, as_json: bool, short_ids: bool) -> Message:
-    """`turn` with its tool calls in one form.
-
-    `empty_content` replaces an empty text next to calls, `as_json` writes arguments as JSON text, `short_ids` shortens
-    ids to nine characters. `name` is the id of a result without one.
-    """
-
-    def short_id(name: str) -> str:
-        return name if len(name) == 9 and name.isalnum() else hashlib.sha256(name.encode()).hexdigest()[:9]
-
-    if turn["role"] == "tool":
-        return {**turn, "tool_call_id": short_id(turn.get("tool_call_id", name))} if short_ids else turn
-    if "tool_calls" not in turn:
-        return turn
-    calls = []
-    for number, call in enumerate(turn["tool_calls"]):
-        converted = {**call, "function": dict(call["function"])}
-        if as_json:
-            converted["function"]["arguments"] = json.dumps(converted["function"]["arguments"], ensure_ascii=False)
-        if short_ids:
-            converted["id"] = short_id(call.get("id", f"call{number}"))
-        calls.append(converted)
-    return {**turn, "content": turn["content"] or empty_content, "tool_calls": calls}
-
-
-def _has_python_arguments(turns: list[Message], text: str) -> bool:
-    """Whether `text` contains the arguments of a call as a Python literal instead of JSON."""
-    arguments = [call["function"]["arguments"] for turn in turns for call in turn.get("tool_calls", ())]
-    return any(str(value) in text and str(value) != json.dumps(value, ensure_ascii=False) for value in arguments)
 
 
 def prompt_format(config: PromptConfig, tokenizer: Any) -> PromptFormat:

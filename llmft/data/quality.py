@@ -16,7 +16,7 @@ from llmft.config.data import TrainOn
 from llmft.config.sections import TrainConfig
 from llmft.core.errors import DataError
 from llmft.data.columns import Conversation
-from llmft.data.encode import Ends
+from llmft.data.ends import Ends
 from llmft.data.examples import Examples
 from llmft.data.messages import message_text
 from llmft.data.overlap import Overlap

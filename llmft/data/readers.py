@@ -55,12 +55,15 @@ class BadRows:
     """Rows that cannot be used. Under on_bad_row=error the first one raises; under skip they are recorded."""
 
     policy: BadRow = BadRow.error
+    key: str | None = "data.on_bad_row"
+    """The config key that leaves bad rows out; None where no key does."""
     rejected: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, where: str, reason: str, row: Any, advice: str = "") -> None:
         """Records a bad row and its content; raises DataError under on_bad_row=error."""
         if self.policy is BadRow.error:
-            raise DataError(f"{where}: {reason}{advice} (data.on_bad_row=skip leaves such rows out).")
+            hint = f" ({self.key}=skip leaves such rows out)" if self.key else ""
+            raise DataError(f"{where}: {reason}{advice}{hint}.")
         self.rejected.append({"where": where, "reason": reason, "row": shortened(row)})
 
     def reasons(self) -> dict[str, int]:

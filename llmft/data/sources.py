@@ -255,6 +255,14 @@ def read_files(files: Any, key: str, problems: BadRows, csv_columns: Sequence[st
     return FilesRead(rows, paths, digests)
 
 
+def read_table(files: Any, key: str) -> list[Row]:
+    """The rows of the files that `key` names. Raises like `read_files`, and DataError for a bad row or without rows."""
+    rows = read_files(files, key, BadRows(key=None)).rows
+    if not rows:
+        raise DataError(f"{key}={files}: no rows.")
+    return rows
+
+
 def expand(files: Any, key: str) -> list[Path]:
     """Paths and globs as a list of existing files. Raises ConfigError for one that is missing."""
     paths: list[Path] = []

@@ -15,8 +15,8 @@ import numpy as np
 from llmft.config.commands import EvaluateConfig
 from llmft.config.task import TaskType
 from llmft.core.errors import ConfigError, DataError, did_you_mean
-from llmft.data.readers import BadRows, Row
-from llmft.data.sources import read_files, with_nested
+from llmft.data.readers import Row
+from llmft.data.sources import read_table, with_nested
 from llmft.runs.predictions import FOLDER, PREFIX, TEXT, Predictions, from_table, names_in
 
 
@@ -43,10 +43,7 @@ def open_predictions(path_or_glob: str) -> tuple[Predictions, Path]:
 
 
 def _rows(files: Any, key: str, names: Sequence[str] = ()) -> list[Row]:
-    rows = with_nested(read_files(files, key, BadRows()).rows, names)
-    if not rows:
-        raise DataError(f"{key}={files}: no rows.")
-    return rows
+    return with_nested(read_table(files, key), names)
 
 
 def _from_rows(rows: list[Row], source: str) -> Predictions:

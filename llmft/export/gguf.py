@@ -267,10 +267,7 @@ def convert_by(checkout: str, directory: Path, path: Path, kind: str) -> None:
     """Like `convert`, by llama.cpp's converter in `checkout`; raises ConfigError with its message if it fails."""
     script = Path(checkout).expanduser() / "convert_hf_to_gguf.py"
     command = [sys.executable, str(script), str(directory), "--outfile", str(path), "--outtype", kind]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
-        raise ConfigError(f"converter={checkout}: {lines[-1] if lines else 'it failed'}")
+    _run(command, f"converter={checkout}")
 
 
 def quantize(source: Path, path: Path, kind: str) -> bool:
@@ -278,8 +275,13 @@ def quantize(source: Path, path: Path, kind: str) -> bool:
     program = shutil.which("llama-quantize")
     if program is None:
         return False
-    done = subprocess.run([program, str(source), str(path), kind.upper()], capture_output=True, text=True)
-    if done.returncode:
-        lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
-        raise ConfigError(f"type={kind}: llama-quantize failed ({lines[-1] if lines else 'no message'}).")
+    _run([program, str(source), str(path), kind.upper()], f"type={kind}: llama-quantize")
     return True
+
+
+def _run(command: list[str], what: str) -> None:
+    """Runs a program. Raises ConfigError with its last line if it fails."""
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        lines = (result.stderr.strip() or result.stdout.strip()).splitlines()
+        raise ConfigError(f"{what} failed ({lines[-1] if lines else 'no message'}).")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from llmft.data.encode import Ends
+from llmft.data.ends import Ends
 
 
 @torch.no_grad()

@@ -60,7 +60,7 @@ def _nll_at(
     """
     base = base_of(model)
     most = positions_at_a_time(base.config.get_text_config().vocab_size, targets.device.type)
-    if len(targets) > most and _in_chunks(base):
+    if len(targets) > most and uses_chunks(base):
         predictors = positions if order is None else positions[order]
         hidden = body_of(base)(**arguments).last_hidden_state.flatten(0, 1)[predictors]
         losses: torch.Tensor = _ChunkedNll.apply(hidden, targets, base, most, temperature)
@@ -89,7 +89,7 @@ def _logits(model: Any, arguments: dict[str, Any], positions: torch.Tensor) -> t
         hook.remove()
 
 
-def _in_chunks(base: Any) -> bool:
+def uses_chunks(base: Any) -> bool:
     """Whether `_logits_of` gives the model's logits, and its head is not trained."""
     model_class: type = type(base)
     head = base.get_output_embeddings()

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmft.data.encode import Ends
+from llmft.data.ends import Ends
 from llmft.model.families import base_of, selects_positions
 
 DOUBT = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from llmft.core.errors import DataError, did_you_mean
+from llmft.data.sources import read_table
 from llmft.reports.configurations import Study
 from llmft.reports.figures import Figure, Point, scatter
 from llmft.reports.read import RunRecord
@@ -16,22 +15,24 @@ from llmft.reports.verdicts import number
 RUN_COLUMNS, SCORE_COLUMNS = ("run", "key", "name"), ("score", "lb", "leaderboard", "public_score")
 
 
-def read_scores(path: Path) -> dict[str, float]:
+def read_scores(file: str) -> dict[str, float]:
     """Scores by run from a csv with a column `run` (directory's name or key) and a column `score`.
 
-    Raises DataError that names the line.
+    Raises ConfigError for a missing file, DataError that names the line.
     """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            lines = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"lb={path}: {getattr(error, 'strerror', None) or error}.") from None
-    head = list(lines[0]) if lines else []
-    run = next((c for c in head if c and c.strip().lower() in RUN_COLUMNS), None)
-    score = next((c for c in head if c and c.strip().lower() in SCORE_COLUMNS), None)
+    rows = read_table(file, "lb")
+    head = list(rows[0].values)
+    run = next((name for name in head if name.strip().lower() in RUN_COLUMNS), None)
+    score = next((name for name in head if name.strip().lower() in SCORE_COLUMNS), None)
     if run is None or score is None:
-        raise DataError(f"{path}:1: a column `run` and a column `score` are needed, not {', '.join(map(str, head))}.")
-    return {str(row[run]).strip(): to_score(str(row[score]), f"{path}:{i}") for i, row in enumerate(lines, 2)}
+        raise DataError(f"lb={file}: a column `run` and a column `score` are needed, not {', '.join(head)}.")
+    scores: dict[str, float] = {}
+    for row in rows:
+        name = str(row.values[run]).strip()
+        if name in scores:
+            raise DataError(f"{row.where}: {name} has a score already.")
+        scores[name] = to_score(str(row.values[score]), row.where)
+    return scores
 
 
 def to_score(text: str, where: str) -> float:

@@ -8,14 +8,13 @@ the same value are compared), `metric` (what the value measures, such as accurac
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from llmft.config.trainer import Mode
 from llmft.core.errors import ConfigError, DataError, did_you_mean
+from llmft.data.sources import read_table
 from llmft.metrics.monitor import mode_of, named_metric
 from llmft.reports.statistics import Replicate, Sample
 from llmft.reports.verdicts import Rules, Verdicts, judge_samples
@@ -99,30 +98,18 @@ def _sample(line: Published, spread: tuple[float, float] | None) -> Sample:
     return Sample(line.name, runs, stated=stated)
 
 
-def read_numbers(path: Path) -> list[Published]:
-    """Reads the csv. Raises DataError that names the line."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            lines = [[cell.strip() for cell in line] for line in csv.reader(file)]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"numbers={path}: {getattr(error, 'strerror', None) or error}.") from None
-    head = [name.lower() for name in lines[0]] if lines else []
-    for name in head:
+def read_numbers(file: str) -> list[Published]:
+    """Reads the csv. Raises ConfigError for a missing file, DataError that names the line."""
+    rows = read_table(file, "numbers")
+    names = {name: name.strip().lower() for name in rows[0].values}
+    for name in names.values():
         if name not in COLUMNS:
-            raise DataError(f"{path}:1: no column is called '{name}'{did_you_mean(name, COLUMNS)}")
+            raise DataError(f"numbers={file}: no column is called '{name}'{did_you_mean(name, COLUMNS)}")
     for name in COLUMNS[:2]:
-        if name not in head:
-            raise DataError(f"{path}:1: the column `{name}` is missing.")
-    published = []
-    for number, line in enumerate(lines[1:], 2):
-        if not any(line):
-            continue
-        if len(line) != len(head):
-            raise DataError(f"{path}:{number}: {len(line)} values for {len(head)} columns.")
-        published.append(_published(dict(zip(head, line, strict=True)), f"{path}:{number}"))
-    if not published:
-        raise DataError(f"{path}: no numbers.")
-    return published
+        if name not in names.values():
+            raise DataError(f"numbers={file}: the column `{name}` is missing.")
+    lines = [{names[name]: str(cell).strip() for name, cell in row.values.items()} for row in rows]
+    return [_published(line, row.where) for line, row in zip(lines, rows, strict=True) if any(line.values())]
 
 
 def _published(line: dict[str, str], where: str) -> Published:

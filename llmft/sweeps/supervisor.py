@@ -302,11 +302,11 @@ class Supervisor:
             trial.log = worker.log
         trial.seconds = round(time.monotonic() - worker.since, 1)
         self.progress.ended(trial)
-        self._count_errors(trial)
+        self.count_errors(trial)
         source.ended(trial)
         self.sweep.write()
 
-    def _count_errors(self, trial: Trial) -> None:
+    def count_errors(self, trial: Trial) -> None:
         if trial.status != "failed" or self.settings.stop_after_same_error is None:
             return
         if any(other.status in FINISHED for other in self.sweep.trials):  # now or in an earlier sweep

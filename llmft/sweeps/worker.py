@@ -23,7 +23,7 @@ from llmft.config.convert import from_plain
 from llmft.config.instantiate import trust
 from llmft.config.invocation import Invocation, arguments_of_process
 from llmft.config.sections import TrainConfig
-from llmft.core.errors import Interrupted, RunBusy, Stopped, UserError, as_user_error, first_line
+from llmft.core.errors import Interrupted, RunBusy, Stopped, UserError, as_user_error, one_line
 from llmft.core.imports import load_libraries
 
 EVENTS_VARIABLE = "LLMFT_EVENTS_FD"
@@ -143,11 +143,9 @@ def _train(order: dict[str, Any], reporter: PipeReporter) -> dict[str, Any]:
         return {**ended, "status": "failed", "error": message, "cause": "exit", "sound": False}
     except BaseException as raised:
         traceback.print_exception(raised)
-        shown_error, kind = as_user_error(raised), type(raised).__name__
-        message = first_line(shown_error)
-        is_mistake = isinstance(shown_error, UserError)
-        text = message if is_mistake else f"{kind}: {message}"
-        return {**ended, "status": "failed", "error": text, "cause": "error", "sound": is_mistake}
+        error = as_user_error(raised)
+        is_mistake = isinstance(error, UserError)
+        return {**ended, "status": "failed", "error": one_line(error), "cause": "error", "sound": is_mistake}
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

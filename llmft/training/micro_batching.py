@@ -16,7 +16,7 @@ import torch
 
 from llmft.config.sections import TrainConfig
 from llmft.config.trainer import Checkpointing, checkpointing_of, rows_or_tokens
-from llmft.core.errors import first_line
+from llmft.core.errors import one_line
 from llmft.core.files import format_bytes
 from llmft.data.batch import PADDED, Limit
 from llmft.data.examples import Examples
@@ -186,7 +186,7 @@ def plan_micro_batches(
             raise NotImplementedError(f"of {device}")
         memory = StepMemory(config, architecture(), dtype, device.type)
     except Exception as error:  # third-party code may raise anything; its message is shown
-        reason = f"the memory cannot be estimated: {type(error).__name__}: {first_line(error)}"
+        reason = f"the memory cannot be estimated: {one_line(error)}"
         limit = limit if configured else Limit(tokens=min(MOST_TOKENS.get(device.type, ENOUGH_TOKENS), ENOUGH_TOKENS))
         return MicroBatchPlan(limit, Checkpointing.full if level is Checkpointing.auto else level, reason)
     flash = has_flash(device, dtype)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from llmft.config.invocation import NO_COMMAND, Invocation
-from llmft.core.errors import DivergedError, Interrupted, Stopped, UserError, first_line
+from llmft.core.errors import DivergedError, Interrupted, Stopped, one_line
 from llmft.core.outcome import write_outcome
 
 if TYPE_CHECKING:
@@ -120,10 +120,9 @@ def _record_failure(run: Run, error: BaseException) -> None:
         status = "diverged"
     elif isinstance(error, (Interrupted, KeyboardInterrupt)):
         status = "interrupted"
-    line = first_line(error)
     # A full disk may fail here again; the error itself is raised anyway.
     with contextlib.suppress(OSError):
-        run.update(status=status, error=line if isinstance(error, UserError) else f"{type(error).__name__}: {line}")
+        run.update(status=status, error=one_line(error))
 
 
 def _train(inputs: RunInputs, screen: Screen, reporter: TrialReporter | None, invocation: Invocation) -> float | None:

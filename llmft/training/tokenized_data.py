@@ -10,7 +10,8 @@ from llmft.config.convert import canonical, to_plain
 from llmft.config.data import PromptConfig
 from llmft.core.errors import ConfigError
 from llmft.data.batch import steps_per_epoch
-from llmft.data.encode import Encoder, Ends
+from llmft.data.encode import Encoder
+from llmft.data.ends import Ends
 from llmft.data.examples import Examples
 from llmft.data.messages import message_text
 from llmft.data.prompt import PromptFormat, prompt_format

@@ -200,11 +200,11 @@ def test_a_case_for_every_model_and_quantisation_with_the_weights_there_are(monk
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     config = bench_config("models=[tiny,mistral]", "lora.r=4", "batch_size=8", "gradient_checkpointing=full")
     with hydra.initialize_config_dir(str(config_directory()), version_base="1.3"):
-        subjects = verb._subjects(config, ["models=[tiny,mistral]", "lora.r=4", "batch_size=8"])
+        subjects = verb.subjects_of(config, ["models=[tiny,mistral]", "lora.r=4", "batch_size=8"])
         with pytest.raises(ConfigError, match="model=mistrall: no such option; did you mean model=mistral"):
-            verb._subjects(replace(config, models=["mistrall"]), [])
+            verb.subjects_of(replace(config, models=["mistrall"]), [])
         with pytest.raises(ConfigError, match="counts words"):
-            verb._subjects(replace(config, models=["tfidf"]), [])
+            verb.subjects_of(replace(config, models=["tfidf"]), [])
     labels = [(subject.label, subject.weights) for subject in subjects]
     assert labels == [
         ("tiny nf4", "own"),
@@ -214,7 +214,9 @@ def test_a_case_for_every_model_and_quantisation_with_the_weights_there_are(monk
     ]
     trainer = to_plain(subjects[3].config)["trainer"]
     assert (subjects[3].config.lora.r, trainer["batch_size"], trainer["gradient_checkpointing"]) == (4, 8, "full")
-    assert verb._points(config, subjects[0]) == [(128, 32), (128, 128)], "beyond the context of 256 nothing is measured"
+    assert verb.points_of(config, subjects[0]) == [(128, 32), (128, 128)], (
+        "nothing beyond the context of 256"
+    )
 
 
 @pytest.mark.slow

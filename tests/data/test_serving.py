@@ -10,7 +10,8 @@ import pytest
 from llmft.config.data import DataConfig, PromptConfig, SystemRole, Truncation, Turns
 from llmft.core.errors import ConfigError
 from llmft.data.columns import Conversation
-from llmft.data.encode import Encoder, Ends
+from llmft.data.encode import Encoder
+from llmft.data.ends import Ends
 from llmft.data.examples import IGNORE
 from llmft.data.prompt import PromptFormat, prompt_format
 from llmft.data.readers import BadRows

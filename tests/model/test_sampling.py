@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmft.core.seeds import stream
-from llmft.data.encode import Ends
+from llmft.data.ends import Ends
 from llmft.model.generate import generate
 from llmft.model.sampling import Draw, choose, sample
 

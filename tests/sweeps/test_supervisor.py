@@ -619,7 +619,7 @@ def test_what_was_done_before_counts_as_success_when_others_fail_alike() -> None
         trials = supervisor.sweep.trials
         for _ in range(3):
             trials.append(SimpleNamespace(status="failed", error="boom"))
-            supervisor._count_errors(trials[-1])
+            supervisor.count_errors(trials[-1])
         return supervisor.stopped_because
 
     assert stopped("done") is None

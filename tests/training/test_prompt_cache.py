@@ -115,7 +115,7 @@ def test_a_quantised_base_with_an_adapter_scores_alike(monkeypatch: pytest.Monke
 def test_rows_that_do_not_fit_into_memory_together_go_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = model_of("llama"), batch_of([31, 5, 18, 31, 40])
     expected = unshared(model, batch, monkeypatch)
-    monkeypatch.setattr(prompt_cache, "CACHE_BYTES", 2 * 40 * prompt_cache._bytes_per_token(model))
+    monkeypatch.setattr(prompt_cache, "CACHE_BYTES", 2 * 40 * prompt_cache.bytes_per_token(model))
     torch.testing.assert_close(forwards(model, batch)[0], expected, rtol=0, atol=1e-5)
 
 
@@ -127,7 +127,7 @@ def test_the_kept_bytes_of_a_token_are_those_of_its_keys_and_values() -> None:
         with torch.no_grad():
             model(input_ids=torch.ones(1, 10, dtype=torch.long), past_key_values=cache, use_cache=True)
         num_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-        assert num_bytes == 10 * prompt_cache._bytes_per_token(model)
+        assert num_bytes == 10 * prompt_cache.bytes_per_token(model)
 
 
 def test_training_reads_whole_rows_and_its_gradients_flow() -> None:

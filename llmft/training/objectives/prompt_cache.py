@@ -76,7 +76,7 @@ def shared_prefix_logits(
     width = int(prompts.max())
     if not nodes or not can_share(model, width + len(nodes)):
         return None
-    rows = max(1, CACHE_BYTES // (width * _bytes_per_token(model)))
+    rows = max(1, CACHE_BYTES // (width * bytes_per_token(model)))
     groups = [
         _group(model, ids[start : start + rows], prompts[start : start + rows], nodes, prefixes)
         for start in range(0, len(ids), rows)
@@ -84,7 +84,7 @@ def shared_prefix_logits(
     return {prefix: torch.cat([group[prefix] for group in groups]) for prefix in prefixes}
 
 
-def _bytes_per_token(model: Any) -> int:
+def bytes_per_token(model: Any) -> int:
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -110,7 +110,7 @@ def test_rows_do_see_each_other_when_they_are_packed_carelessly() -> None:
 
 
 def test_a_model_made_flat_still_generates_with_padding_on_the_left() -> None:
-    from llmft.data.encode import Ends
+    from llmft.data.ends import Ends
     from llmft.model.generate import generate
 
     model = base("llama")
@@ -213,7 +213,7 @@ def test_a_model_that_scales_its_logits_is_not_taken_apart() -> None:
     for scale in (1.0, 0.0625):
         config = transformers.CohereConfig(**{**SIZES, "logit_scale": scale})
         model = transformers.CohereForCausalLM(config)
-        assert logits._in_chunks(model.requires_grad_(False)) == (scale == 1.0)
+        assert logits.uses_chunks(model.requires_grad_(False)) == (scale == 1.0)
 
 
 def reference_varlen(
