@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -22,52 +22,24 @@ REWARD_COLUMNS = COLUMNS[:6]
 AHEAD, MARGIN, CHOSEN_REWARD, REJECTED_REWARD, MORE_TOKENS, _, CHOSEN_LOGP, REJECTED_LOGP, DRIFT = range(len(COLUMNS))
 
 
-@higher_is_better
-@mean_over_rows
-def accuracy(degrees: np.ndarray, outputs: np.ndarray) -> np.ndarray:
-    """Share of pairs whose chosen answer is ahead; a tie counts half."""
-    return outputs[:, AHEAD]
+def _mean_of(column: int, meaning: str) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    @mean_over_rows
+    def column_of(degrees: np.ndarray, outputs: np.ndarray) -> np.ndarray:
+        return outputs[:, column]
+
+    column_of.__doc__ = meaning
+    return column_of
 
 
-@higher_is_better
-@mean_over_rows
-def margin(degrees: np.ndarray, outputs: np.ndarray) -> np.ndarray:
-    """Mean of the chosen answer's reward less the rejected one's."""
-    return outputs[:, MARGIN]
-
-
-@higher_is_better
-@mean_over_rows
-def chosen_reward(degrees: np.ndarray, outputs: np.ndarray) -> np.ndarray:
-    """Mean reward of the chosen answers: a reward model's score, or beta log pi/pi_ref."""
-    return outputs[:, CHOSEN_REWARD]
-
-
-@lower_is_better
-@mean_over_rows
-def rejected_reward(degrees: np.ndarray, outputs: np.ndarray) -> np.ndarray:
-    """Mean reward of the rejected answers."""
-    return outputs[:, REJECTED_REWARD]
-
-
-@higher_is_better
-@mean_over_rows
-def chosen_logp(degrees: np.ndarray, outputs: np.ndarray) -> np.ndarray:
-    """Mean log-probability of the chosen answers, in nats."""
-    return outputs[:, CHOSEN_LOGP]
-
-
-@lower_is_better
-@mean_over_rows
-def rejected_logp(degrees: np.ndarray, outputs: np.ndarray) -> np.ndarray:
-    """Mean log-probability of the rejected answers, in nats."""
-    return outputs[:, REJECTED_LOGP]
-
-
-@mean_over_rows
-def drift_nats(degrees: np.ndarray, outputs: np.ndarray) -> np.ndarray:
-    """Mean log pi/pi_ref per token of the chosen answers: the policy's distance from its reference."""
-    return outputs[:, DRIFT]
+accuracy = higher_is_better(_mean_of(AHEAD, "Share of pairs whose chosen answer is ahead; a tie counts half."))
+margin = higher_is_better(_mean_of(MARGIN, "Mean of the chosen answer's reward less the rejected one's."))
+chosen_reward = higher_is_better(
+    _mean_of(CHOSEN_REWARD, "Mean reward of the chosen answers: a reward model's score, or beta log pi/pi_ref.")
+)
+rejected_reward = lower_is_better(_mean_of(REJECTED_REWARD, "Mean reward of the rejected answers."))
+chosen_logp = higher_is_better(_mean_of(CHOSEN_LOGP, "Mean log-probability of the chosen answers, in nats."))
+rejected_logp = lower_is_better(_mean_of(REJECTED_LOGP, "Mean log-probability of the rejected answers, in nats."))
+drift_nats = _mean_of(DRIFT, "Mean log pi/pi_ref per token of the chosen answers: distance from the reference.")
 
 
 def length_correlation(degrees: np.ndarray, outputs: np.ndarray) -> float:
