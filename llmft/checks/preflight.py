@@ -28,7 +28,6 @@ from llmft.model.device import TORCH_DTYPES
 from llmft.model.memory import device_memory
 from llmft.model.meta import meta_model
 from llmft.training.micro_batching import MEMORY_MARGIN, architecture_of, estimator, plan_micro_batches
-from llmft.training.objectives.verbalizer import cost
 from llmft.training.parts import check_parts
 from llmft.training.prepare import RunInputs
 from llmft.training.readiness import Readiness, check_readiness
@@ -54,9 +53,6 @@ def examine(prepared: RunInputs) -> tuple[dict[str, Any], list[Finding]]:
     ready = check_readiness(prepared, check_parts(config), warn, search_near_duplicates=True, stop_on_errors=False)
     rows, inspection = ready.rows, ready.inspection
     findings = [*inspection.findings, *_template_findings(rows)]
-    slow = cost(ready.objective) if ready.objective is not None else None
-    if slow is not None:
-        findings.append(Finding("warning", "task.head", slow))
     trained, by_label = prepared.conversations["train"], config.task.feedback is Feedback.labels
     needs = _needs(prepared, ready)
     findings += _memory_findings(needs)

@@ -157,6 +157,21 @@ def answer_scores(model: Any, batch: MicroBatch) -> torch.Tensor:
     return scores.view(-1, answers.max_answers).float()
 
 
+def after_one_prompt(
+    model: Any, input_ids: torch.Tensor, lengths: Sequence[Sequence[int]]
+) -> tuple[dict[str, Any], list[tuple[int, int]]]:
+    """Arguments of a forward over prompts with several answers each, and each answer's span as `row_per_answer` has it.
+
+    Prompts are read once where the model family supports packed rows, else again for each answer.
+    """
+    base = base_of(model)
+    if uses_packing(base):
+        packed, spans = pack_answers(base, input_ids, lengths)
+        return packed.arguments, spans
+    rows, spans = row_per_answer(input_ids, lengths)
+    return {"input_ids": rows, "use_cache": False}, spans
+
+
 def row_per_answer(
     input_ids: torch.Tensor, lengths: Sequence[Sequence[int]]
 ) -> tuple[torch.Tensor, list[tuple[int, int]]]:

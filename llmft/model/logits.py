@@ -21,7 +21,7 @@ def logits_at(model: Any, input_ids: torch.Tensor, lengths: Sequence[int], posit
 
     `lengths` are the rows' tokens without padding, which model families with packing never see.
     """
-    return _logits(model, *inputs_of(base_of(model), input_ids, lengths, positions))
+    return logits_after(model, *inputs_of(base_of(model), input_ids, lengths, positions))
 
 
 def nll_at(model: Any, batch: MicroBatch, temperature: float = 1.0) -> torch.Tensor:
@@ -66,11 +66,11 @@ def _nll_at(
         losses: torch.Tensor = _ChunkedNll.apply(hidden, targets, base, most, temperature)
         return losses
     if order is None:
-        return _nll(_logits(model, arguments, positions), targets, temperature)
-    return _nll(_logits(model, arguments, positions)[order], targets, temperature)
+        return _nll(logits_after(model, arguments, positions), targets, temperature)
+    return _nll(logits_after(model, arguments, positions)[order], targets, temperature)
 
 
-def _logits(model: Any, arguments: dict[str, Any], positions: torch.Tensor) -> torch.Tensor:
+def logits_after(model: Any, arguments: dict[str, Any], positions: torch.Tensor) -> torch.Tensor:
     """(positions, vocabulary) logits at ascending positions, counted over all rows of the forward's tokens."""
     model_class: type = type(base_of(model))
     if not selects_positions(model_class):

@@ -10,7 +10,6 @@ from llmft.core.console import Screen
 from llmft.model.assemble import Assembled
 from llmft.model.quantization import stored_format, weight_counts
 from llmft.training.micro_batching import MicroBatchPlan
-from llmft.training.objectives.verbalizer import cost
 from llmft.training.prepare import RunInputs
 from llmft.training.readiness import Readiness
 from llmft.training.references import describe_reference
@@ -38,8 +37,6 @@ def show_plan(
             f"left out{reasons}, {limits.answer_share_dropped:.1%} of all answer tokens; "
             "`python -m llmft.check` shows more."
         )
-    if (slow := cost(ready.objective)) is not None:
-        screen.warn(f"task.head=tokens: {slow}.")
     for finding in ready.inspection.findings:
         screen.warn(f"{finding.key}: {finding.message}.")
     if inputs.problems.rejected:

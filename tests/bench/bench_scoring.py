@@ -20,7 +20,8 @@ import torch
 from llmft.core.machine import versions
 from llmft.data.batch import MicroBatch
 from llmft.data.examples import IGNORE
-from llmft.training.objectives import prompt_cache
+from llmft.model import heads
+from llmft.model.kernels.packing import enable
 from llmft.training.objectives.verbalizer import LabelWordScorer
 
 END = 2
@@ -45,7 +46,7 @@ def batch_of(rows: int, prompt_tokens: int, answer: tuple[int, ...]) -> MicroBat
 
 
 def timed(scores: LabelWordScorer, model: Any, batch: MicroBatch, *, shared: bool) -> tuple[float, torch.Tensor]:
-    with torch.no_grad(), mock.patch.object(prompt_cache, "can_share", return_value=shared):
+    with torch.no_grad(), mock.patch.object(heads, "uses_packing", return_value=shared):
         began = time.perf_counter()
         log_probs = scores(model, batch)
         return time.perf_counter() - began, log_probs
@@ -59,6 +60,7 @@ def main() -> None:
     torch.manual_seed(0)
     shape = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 8}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=32000, **shape)).eval()
+    enable(model)
     print(platform.processor() or platform.machine(), json.dumps(versions()))
     print(f"{rows} prompts of about {prompt_tokens} tokens, {rounds} rounds")
     for name, words in WORDS.items():

@@ -214,9 +214,7 @@ def test_a_case_for_every_model_and_quantisation_with_the_weights_there_are(monk
     ]
     trainer = to_plain(subjects[3].config)["trainer"]
     assert (subjects[3].config.lora.r, trainer["batch_size"], trainer["gradient_checkpointing"]) == (4, 8, "full")
-    assert verb.points_of(config, subjects[0]) == [(128, 32), (128, 128)], (
-        "nothing beyond the context of 256"
-    )
+    assert verb.points_of(config, subjects[0]) == [(128, 32), (128, 128)], "nothing beyond the context of 256"
 
 
 @pytest.mark.slow

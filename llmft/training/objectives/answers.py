@@ -8,25 +8,15 @@ import numpy as np
 import torch
 
 from llmft.data.batch import Answers, MicroBatch, send
-from llmft.model.families import base_of
-from llmft.model.heads import row_per_answer
-from llmft.model.kernels.packing import pack_answers, uses_packing
+from llmft.model.heads import after_one_prompt
 from llmft.model.logits import nll_after
 
 
 def answer_log_probs(model: Any, batch: MicroBatch) -> torch.Tensor:
-    """(rows, answers) float64 log-probabilities in nats of whole answers; 0 where a row has fewer answers.
-
-    Prompts are read once where the model family supports packed rows, else again for each answer.
-    """
-    answers, base, device = batch.answers, base_of(model), batch.input_ids.device
+    """(rows, answers) float64 log-probabilities in nats of whole answers; 0 where a row has fewer answers."""
+    answers, device = batch.answers, batch.input_ids.device
     assert answers is not None, "the rows have no answers that are compared"
-    if uses_packing(base):
-        packed, spans = pack_answers(base, batch.input_ids, answers.lengths)
-        arguments = packed.arguments
-    else:
-        rows, spans = row_per_answer(batch.input_ids, answers.lengths)
-        arguments = {"input_ids": rows, "use_cache": False}
+    arguments, spans = after_one_prompt(model, batch.input_ids, answers.lengths)
     predictors, predicted, indices = [], [], []
     lengths = [(row, n, length) for row, (_, *each) in enumerate(answers.lengths) for n, length in enumerate(each)]
     for (row, number, length), (end, begin) in zip(lengths, spans, strict=True):

@@ -15,16 +15,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from llmft.core.errors import ConfigError
-from llmft.data.batch import MicroBatch, send, to_device
+from llmft.data.batch import MicroBatch, send
 from llmft.data.columns import Conversation
 from llmft.data.encode import Encoder
 from llmft.data.examples import IGNORE, Examples
-from llmft.model.logits import logits_at
-from llmft.training.objectives.prompt_cache import shared_prefix_logits
+from llmft.model.heads import after_one_prompt
+from llmft.model.logits import logits_after, logits_at
 
 Path = tuple[int, ...]
+MOST_ATTENDED = 2**17
+"""Prompt tokens times probes that are computed together, since attention copies a prompt for each probe."""
 
 
 @dataclass(frozen=True)
@@ -65,65 +68,50 @@ class LabelWordScorer:
         self.num_classes = len(paths)
         self.nodes = trie_nodes(paths)
         prefixes = [node.prefix for node in self.nodes]
-        # A forward over a prefix visits all nodes on its path.
+        # Tokens after a prompt that pass every node; a probe passes all nodes on its path.
         self.probes = [p for p in prefixes if not any(q != p and q[: len(p)] == p for q in prefixes)]
 
     def __call__(self, model: Any, batch: MicroBatch) -> torch.Tensor:
-        ids, (rows, columns) = batch.input_ids, batch.positions
+        rows, columns = batch.positions
         prompts = columns[np.unique(rows, return_index=True)[1]] + 1
-        next_logits = None
-        if len(self.probes) > 1 and not torch.is_grad_enabled():
-            on_device = to_device(torch.from_numpy(prompts), ids.device)
-            next_logits = shared_prefix_logits(model, ids, on_device, [node.prefix for node in self.nodes])
-        if next_logits is None:
-            next_logits = self._by_forwards(model, ids, prompts)
-        else:
-            next_logits = {node.prefix: _columns(next_logits[node.prefix], node.tokens) for node in self.nodes}
+        size = max(1, MOST_ATTENDED // (int(prompts.max()) * len(self.probes)))
+        parts = [
+            self._scores(model, batch.input_ids[start : start + size], prompts[start : start + size])
+            for start in range(0, len(prompts), size)
+        ]
+        return torch.cat(parts)
+
+    def _scores(self, model: Any, ids: torch.Tensor, prompts: np.ndarray) -> torch.Tensor:
+        logits, positions = self._next_logits(model, ids, prompts)
         scores = torch.zeros(len(prompts), self.num_classes, device=ids.device)
-        for node in self.nodes:
-            branches = next_logits[node.prefix].float().log_softmax(dim=-1)
+        for node, of_rows in zip(self.nodes, positions, strict=True):
             branch_of = {number: branch for branch, classes in enumerate(node.classes) for number in classes}
-            (chosen,) = send([np.array([branch_of.get(number, -1) for number in range(self.num_classes)])], ids.device)
-            scores = scores + torch.where(chosen >= 0, branches[:, chosen], 0.0)
+            branches = np.array([branch_of.get(number, -1) for number in range(self.num_classes)])
+            at, tokens, chosen = send([of_rows[:, None], np.array(node.tokens), branches], ids.device)
+            log_probs = logits[at, tokens].float().log_softmax(dim=-1)
+            scores = scores + torch.where(chosen >= 0, log_probs[:, chosen], 0.0)
         return scores
 
-    def _by_forwards(self, model: Any, ids: torch.Tensor, prompts: np.ndarray) -> dict[Path, torch.Tensor]:
-        """(rows, tokens) logits of every node's tokens, by one forward of prompt and prefix per probe."""
-        next_logits: dict[Path, torch.Tensor] = {}
-        rows = np.arange(len(ids))
-        for probe in self.probes:
-            width = int(prompts.max()) + len(probe)
-            inputs = torch.zeros(len(ids), width, dtype=ids.dtype, device=ids.device)
-            copied = min(width, ids.shape[1])
-            inputs[:, :copied] = ids[:, :copied]
-            (begins,) = send([rows * width + prompts], ids.device)
-            for depth, token in enumerate(probe):
-                inputs.view(-1).index_fill_(0, begins + depth, token)
-            # Causal attention ignores the tokens after them.
-            columns = prompts[:, None] - 1 + np.arange(1 + len(probe))
-            positions = (np.repeat(rows, columns.shape[1]), columns.reshape(-1))
-            logits = logits_at(model, inputs, (prompts + len(probe)).tolist(), positions)
-            logits = logits.view(len(ids), 1 + len(probe), -1)
-            for node in self.nodes:
-                if node.prefix not in next_logits and probe[: len(node.prefix)] == node.prefix:
-                    next_logits[node.prefix] = _columns(logits[:, len(node.prefix)], node.tokens)
-        return next_logits
-
-
-def _columns(logits: torch.Tensor, tokens: list[int]) -> torch.Tensor:
-    (index,) = send([np.array(tokens)], logits.device)
-    return logits[:, index]
-
-
-def cost(objective: Any) -> str | None:
-    """A warning about the time of a step where each row is read several times; None where it is read once."""
-    times = len(objective.scores.probes) if isinstance(getattr(objective, "scores", None), LabelWordScorer) else 1
-    if times < 2:
-        return None
-    return (
-        f"each step reads every row {times} times, since the words share first tokens: about {times} times as slow as "
-        "task.head=linear; words with different first tokens need one read"
-    )
+    def _next_logits(self, model: Any, ids: torch.Tensor, prompts: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
+        """(positions, vocabulary) logits, and the (nodes, rows) index of each prompt with a node's prefix in them."""
+        rows = np.arange(len(prompts))
+        if self.probes == [()]:
+            inputs = ids[:, : prompts.max()]
+            return logits_at(model, inputs, prompts.tolist(), (rows, prompts - 1)), rows[None]
+        # The probes are answers to the prompt.
+        (probes,) = send([np.concatenate(self.probes)], ids.device)
+        padded = pad_sequence([torch.cat([row[:n], probes]) for row, n in zip(ids, prompts, strict=True)], True)
+        lengths = [[prompt, *map(len, self.probes)] for prompt in prompts.tolist()]
+        arguments, spans = after_one_prompt(model, padded, lengths)
+        positions: list[int] = []
+        for node in self.nodes:
+            depth = len(node.prefix)
+            number = next(n for n, probe in enumerate(self.probes) if probe[:depth] == node.prefix)
+            of_rows = spans[number :: len(self.probes)]
+            positions += [begin + depth - 1 if depth else end for end, begin in of_rows]
+        ascending, order = np.unique(positions, return_inverse=True)
+        (at,) = send([ascending], ids.device)
+        return logits_after(model, arguments, at), order.reshape(len(self.nodes), -1)
 
 
 def make_scores(encoder: Encoder, words: Sequence[str], splits: dict[str, Examples]) -> LabelWordScorer:
