@@ -87,8 +87,8 @@ class LabelWordScorer:
         for node, of_rows in zip(self.nodes, positions, strict=True):
             branch_of = {number: branch for branch, classes in enumerate(node.classes) for number in classes}
             branches = np.array([branch_of.get(number, -1) for number in range(self.num_classes)])
-            at, tokens, chosen = send([of_rows[:, None], np.array(node.tokens), branches], ids.device)
-            log_probs = logits[at, tokens].float().log_softmax(dim=-1)
+            at, tokens, chosen = send([of_rows, np.array(node.tokens), branches], ids.device)
+            log_probs = logits[at[:, None], tokens].float().log_softmax(dim=-1)
             scores = scores + torch.where(chosen >= 0, log_probs[:, chosen], 0.0)
         return scores
 
