@@ -22,7 +22,7 @@ REWARD_COLUMNS = COLUMNS[:6]
 AHEAD, MARGIN, CHOSEN_REWARD, REJECTED_REWARD, MORE_TOKENS, _, CHOSEN_LOGP, REJECTED_LOGP, DRIFT = range(len(COLUMNS))
 
 
-def _mean_of(column: int, meaning: str) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+def _mean_of(column: int, meaning: str) -> Callable[..., float]:
     @mean_over_rows
     def column_of(degrees: np.ndarray, outputs: np.ndarray) -> np.ndarray:
         return outputs[:, column]

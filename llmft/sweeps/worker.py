@@ -143,9 +143,9 @@ def _train(order: dict[str, Any], reporter: PipeReporter) -> dict[str, Any]:
         return {**ended, "status": "failed", "error": message, "cause": "exit", "sound": False}
     except BaseException as raised:
         traceback.print_exception(raised)
-        error = as_user_error(raised)
-        is_mistake = isinstance(error, UserError)
-        return {**ended, "status": "failed", "error": one_line(error), "cause": "error", "sound": is_mistake}
+        shown_error = as_user_error(raised)
+        is_mistake = isinstance(shown_error, UserError)
+        return {**ended, "status": "failed", "error": one_line(shown_error), "cause": "error", "sound": is_mistake}
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
