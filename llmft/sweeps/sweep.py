@@ -20,13 +20,13 @@ from llmft.sweeps.supervisor import Supervisor
 from llmft.sweeps.trials import FINISHED, Planner, Sweep, Trial, open_sweep, varying
 
 
-def run_grid(planner: Planner, jobs: Sequence[Sequence[str]], fixed: Sequence[str], *, first: int = 0) -> Sweep:
+def run_grid(planner: Planner, jobs: Sequence[Sequence[str]], fixed: Sequence[str]) -> Sweep:
     """Plans all trials, runs the missing ones under a supervisor, writes the report.
 
     Raises ConfigError or DataError, before any trial starts, if one of them cannot run; TrialsFailed at the end
     if some failed; Interrupted if a signal ended the sweep.
     """
-    sweep = make_sweep(planner, jobs, fixed, first)
+    sweep = make_sweep(planner, jobs, fixed)
     screen = Screen()
     progress = SweepProgress(
         screen, len(sweep.trials), enabled=sweep.config.progress, monitor=sweep.config.trainer.monitor
@@ -61,7 +61,7 @@ def _import_report() -> None:
 
 def run_elsewhere(planner: Planner, jobs: Sequence[Sequence[str]], fixed: Sequence[str], launcher: Any) -> Sweep:
     """Like `run_grid` with another Hydra launcher (submitit, …); results are read from the run directories."""
-    sweep = make_sweep(planner, jobs, fixed, 0)
+    sweep = make_sweep(planner, jobs, fixed)
     if sweep.config.sweep.seeds_until is not None:
         raise ConfigError("sweep.seeds_until: another launcher starts all trials at once; use hydra/launcher=local.")
     screen = Screen()
@@ -82,11 +82,11 @@ def run_elsewhere(planner: Planner, jobs: Sequence[Sequence[str]], fixed: Sequen
     return sweep
 
 
-def make_sweep(planner: Planner, jobs: Sequence[Sequence[str]], fixed: Sequence[str], first: int) -> Sweep:
+def make_sweep(planner: Planner, jobs: Sequence[Sequence[str]], fixed: Sequence[str]) -> Sweep:
     """Plans the trials and opens the sweep's directory."""
     if not jobs:
         raise ConfigError("this sweep has no combinations: give a key several values, as in seed=0,1,2.")
-    trials = planner.plan(jobs, first=first)
+    trials = planner.plan(jobs)
     varied = varying(jobs)
     swept: dict[str, list[str]] = {}
     for job in jobs:

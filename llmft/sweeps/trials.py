@@ -94,9 +94,9 @@ class Trial:
         return trainer.devices != 1 or trainer.num_nodes != 1
 
     def finished_before(self) -> bool:
-        """Whether an earlier run finished this trial; sets its status and value then."""
-        if self.config.force:
-            return False
+        """Whether it is finished already, by an earlier run too; sets its status and value then."""
+        if self.status in FINISHED or self.config.force:
+            return self.status in FINISHED
         status = self.run.status()
         if self.run.done:
             self.status, self.value = "done", value_of(status, self.config.trainer.monitor)
@@ -128,14 +128,14 @@ class Planner:
         self.invocation = invocation
         self._prepared: dict[str, tuple[str, Located, int, int | None]] = {}
 
-    def plan(self, jobs: Sequence[Sequence[str]], *, first: int = 0) -> list[Trial]:
+    def plan(self, jobs: Sequence[Sequence[str]]) -> list[Trial]:
         """One trial for each list of overrides, all of them checked.
 
         Raises ConfigError (or DataError) naming every combination that cannot run.
         """
         keys = varying(jobs)
         varied = [[override for override in job if override.partition("=")[0] in keys] for job in jobs]
-        return plan_all(varied, lambda index: self.trial(first + index, jobs[index], varied[index]))
+        return plan_all(varied, lambda index: self.trial(index, jobs[index], varied[index]))
 
     def trial(self, number: int, overrides: Sequence[str], varied: Sequence[str]) -> Trial:
         """The trial of one combination; raises UserError for one that cannot run."""

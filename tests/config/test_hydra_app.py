@@ -17,6 +17,9 @@ from tests.conftest import ROOT, llmft
 MISTAKES = [
     (["lora.rr=3"], 2, "lora.rr: no such key; did you mean lora.r?"),
     (["modle=mistral"], 2, "modle: no such key; did you mean model?"),
+    (["hydra.sweeper.n_trals=5"], 2, "hydra.sweeper.n_trals: no such key; did you mean hydra.sweeper.n_trials?"),
+    (["hydra.mod=x"], 2, "hydra.mod: no such key; did you mean hydra.mode?"),
+    (["-m", "hydra/sweeper=basic", "seed=0,1"], 2, "hydra/sweeper=basic: choose grid, or optuna for a search."),
     (["lora.r=abc"], 2, "lora.r: Value 'abc' of type 'str' could not be converted to Integer."),
     (["lora.r=-1"], 2, "lora.r=-1: an integer of 1 or more"),
     (["lora.r=0"], 2, "lora=none"),

@@ -15,7 +15,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
-from hydra.core.utils import JobReturn, JobStatus
+from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.plugins.sweeper import Sweeper
@@ -52,23 +52,14 @@ class ReadySweeps(SearchPathPlugin):
 
 
 class LocalLauncher(Launcher):
-    """Trials in worker processes on this machine, under a supervisor."""
+    """Stands for worker processes under a supervisor, which `OwnSweeper` starts itself."""
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
-        self.planner = make_planner(hydra_context.config_loader, config, task_function.invocation)
-        self.fixed = fixed_overrides(config)
+        self.sweeper_name = config.hydra.runtime.choices.get("hydra/sweeper")
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Runs one batch of another sweeper's; a value for each job, None for one that has none."""
-        from llmft.sweeps.sweep import run_grid
-
-        trials = run_grid(self.planner, job_overrides, self.fixed, first=initial_job_idx).trials
-        returns = []
-        for trial in trials[-len(job_overrides) :]:
-            job = JobReturn(overrides=trial.arguments, status=JobStatus.COMPLETED)
-            job.return_value = trial.value
-            returns.append(job)
-        return returns
+        """Refuses the jobs of another sweeper."""
+        raise ConfigError(f"hydra/sweeper={self.sweeper_name}: choose grid, or optuna for a search.")
 
 
 class OwnSweeper(Sweeper):
