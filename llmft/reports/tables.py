@@ -131,14 +131,12 @@ def board_table(board: Sequence[BoardLine]) -> Table:
 
 def cost(study: Study) -> str:
     """The total cost of the runs in words."""
-    seconds, tokens, energy = (
-        [value for run in study.runs if (value := getattr(run, name)) is not None]
-        for name in ("seconds", "tokens", "energy_wh")
+    seconds, tokens = (
+        [value for run in study.runs if (value := getattr(run, name)) is not None] for name in ("seconds", "tokens")
     )
     parts = [f"{len(study.runs)} run{'s' if len(study.runs) != 1 else ''}"]
     parts += [f"{duration(sum(seconds))} in training and validation"] if seconds else []
     parts += [f"{count(sum(tokens))} tokens trained on"] if tokens else []
-    parts += [f"{sum(energy):.1f} Wh (measured in {len(energy)} runs)"] if energy else []
     return ", ".join(parts)
 
 
@@ -154,7 +152,7 @@ def markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 def results_csv(study: Study, board: Sequence[BoardLine]) -> str:
     """A line per run: configuration, values, replication, metrics, cost, command."""
     metrics = list(dict.fromkeys(name for run in study.runs for name in run.result["after"]))
-    columns = ["step", "seconds", "tokens", "memory_gib", "energy_wh", "command"]
+    columns = ["step", "seconds", "tokens", "memory_gib", "command"]
     head = ["place", "configuration", *study.keys, "seed", "fold", "run", "key", "status", *metrics, *columns]
     rank_of = {name: line.rank for line in board for name, *_ in line.commands}
     owners = {run.name: c for c in study.configurations for run in c.runs}
