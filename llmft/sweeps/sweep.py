@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -37,26 +36,12 @@ def run_grid(planner: Planner, jobs: Sequence[Sequence[str]], fixed: Sequence[st
     missing = grid.missing()
     try:
         if missing:
-            if sweep.config.sweep.report:
-                threading.Thread(target=_import_report, daemon=True).start()
             supervisor.run(grid, check=missing, workers=supervisor.count_workers(missing, len(missing), grid=True))
         finish(sweep, screen, supervisor.stopped_because, has_new_results=bool(missing))
     except BaseException:
         sweep.write()
         raise
     return sweep
-
-
-def _import_report() -> None:
-    """Imports what the report needs, while the workers train and this process waits."""
-    import pyarrow.parquet  # noqa: F401
-    import scipy.special
-    import scipy.stats  # noqa: F401
-
-    import llmft.sweeps.answer  # noqa: F401
-    from llmft.reports.page import template
-
-    template()
 
 
 def run_elsewhere(planner: Planner, jobs: Sequence[Sequence[str]], fixed: Sequence[str], launcher: Any) -> Sweep:
