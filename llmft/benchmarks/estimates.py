@@ -79,10 +79,3 @@ def as_csv(rows: Sequence[dict[str, Any]]) -> str:
     """`rows` as CSV with the union of their columns."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     return to_csv(columns, [[row.get(column, "") for column in columns] for row in rows])
-
-
-def hours(value: float) -> str:
-    """A duration in readable units."""
-    if value >= 1:
-        return f"{value:,.0f} h" if value >= 10 else f"{value:.1f} h"
-    return f"{60 * value:.1f} min" if value >= 1 / 60 else f"{3600 * value:.1f} s"

@@ -12,17 +12,9 @@ from typing import Any
 from markupsafe import Markup
 from rich.markup import escape
 
-from llmft.benchmarks.estimates import (
-    Workload,
-    as_csv,
-    hours,
-    inference_hours,
-    max_output_tokens,
-    to_row,
-    training_hours,
-)
+from llmft.benchmarks.estimates import Workload, as_csv, inference_hours, max_output_tokens, to_row, training_hours
 from llmft.benchmarks.measure import Measured
-from llmft.core.console import text_table
+from llmft.core.console import duration, text_table
 from llmft.core.errors import DiskError
 from llmft.core.files import write_atomically
 from llmft.reports.page import template
@@ -79,7 +71,7 @@ def cells(point: Measured, workload: Workload) -> list[str]:
         *(f"{value:,.0f} ±{100 * point.spread[name]:.0f}%" for name, value in speeds.items()),
         f"{point.peak_bytes / 2**30:.1f} GiB",
         f"{max_tokens:,}{' (context)' if by_context else ''}",
-        hours(training_hours(point, workload)),
+        duration(3600 * training_hours(point, workload)),
     ]
 
 
@@ -135,7 +127,7 @@ def times(case: dict[int, list[tuple[int, float]]], workload: Workload, title: s
         shapes = [tag("path", d=path(points), class_="line")] if len(points) > 1 else []
         shapes += [tag("circle", cx=px, cy=py, r=4, class_="point") for px, py in points]
         label = text(points[-1][0] + 8, ends[inputs] + 4, f"{inputs:,} in", class_="halo")
-        values = "; ".join(f"{outputs} out: {hours(value)}" for outputs, value in line)
+        values = "; ".join(f"{outputs} out: {duration(3600 * value)}" for outputs, value in line)
         style = f"series s{index % SERIES}"
         parts.append(tipped(tag("g", *shapes, label), f"{inputs:,} tokens in, {values}", class_=style))
     described = f"hours for {workload.samples:,} samples by length of the answer, one line per length of the question."

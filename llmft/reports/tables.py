@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from llmft.core.console import duration
 from llmft.reports.configurations import Configuration, Study
 from llmft.reports.curves import Diagnosis, Fit, summarize
 from llmft.reports.read import RunRecord
@@ -78,17 +79,6 @@ def replications(runs: Sequence[RunRecord]) -> str:
     return " x ".join(parts)
 
 
-def duration(seconds: float | None) -> str:
-    """Text such as "4.2 s", "3 min 20 s", "2 h 05 min"; empty for None."""
-    if seconds is None:
-        return ""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    if seconds < 3600:
-        return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
-    return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:02.0f} min"
-
-
 def count(value: float | None) -> str:
     """Text such as "12,034", "1.2 M"; empty for None."""
     if value is None:
@@ -116,7 +106,7 @@ def board_table(board: Sequence[BoardLine]) -> Table:
             spread_of(line),
             line.replications,
             number(line.best),
-            duration(line.seconds),
+            duration(line.seconds) if line.seconds is not None else "",
             count(line.tokens),
             count(line.tokens_per_s),
             f"{line.memory_gib:.1f} GiB" if line.memory_gib is not None else "",

@@ -20,19 +20,12 @@ import pytest
 
 from llmft import bench as verb
 from llmft.benchmarks import measure
-from llmft.benchmarks.estimates import (
-    Workload,
-    as_csv,
-    hours,
-    inference_hours,
-    max_output_tokens,
-    training_hours,
-)
+from llmft.benchmarks.estimates import Workload, as_csv, inference_hours, max_output_tokens, training_hours
 from llmft.benchmarks.measure import Case, Measured, run_case
 from llmft.benchmarks.report import cells, lines, page, write_estimates
 from llmft.config.commands import BenchConfig
 from llmft.config.convert import to_plain
-from llmft.core.console import Screen
+from llmft.core.console import Screen, duration
 from llmft.core.errors import ConfigError, DataError
 from tests.conftest import ROOT, compose
 
@@ -59,7 +52,15 @@ def test_the_longest_answer_is_the_last_that_fits_into_the_hours() -> None:
 
 
 def test_durations_are_shown_as_people_say_them() -> None:
-    assert [hours(value) for value in (1200.0, 2.5, 0.5, 0.001)] == ["1,200 h", "2.5 h", "30.0 min", "3.6 s"]
+    shown = {
+        3.6: "3.6 s",
+        59.96: "1 min 00 s",
+        200: "3 min 20 s",
+        3599.6: "1 h 00 min",
+        7500: "2 h 05 min",
+        4.32e6: "1,200 h",
+    }
+    assert {seconds: duration(seconds) for seconds in shown} == shown
 
 
 def test_table_csv_json_and_page_tell_the_same(tmp_path: Path) -> None:
