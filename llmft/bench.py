@@ -26,7 +26,7 @@ from llmft.config.sections import TrainConfig
 from llmft.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from llmft.benchmarks.estimates import Estimate
+    from llmft.benchmarks.measure import Measured
 
 GROUPS = ("model", "prompt", "lora", "optimizer")
 """Config groups of a training that can be overridden here."""
@@ -71,12 +71,12 @@ def bench(config: BenchConfig, arguments: Sequence[str]) -> list[dict[str, Any]]
             f"{subjects[0].config.model.label} ({subjects[0].context_tokens} tokens); choose shorter ones."
         )
     for_programs = config.format is OutputFormat.json
-    estimates = _measure(config, subjects, points, quiet=for_programs or not config.progress)
+    measured = _measure(config, subjects, points, quiet=for_programs or not config.progress)
     workload = Workload(
         config.samples, config.hours, config.rows, config.epochs, config.batch_size, config.inference_rows
     )
     name = config.name or "-".join(dict.fromkeys(subject.config.model.label for subject in subjects))
-    rows = write_estimates(estimates, workload, Path(config.output_dir) / "bench", name, Screen(quiet=for_programs))
+    rows = write_estimates(measured, workload, Path(config.output_dir) / "bench", name, Screen(quiet=for_programs))
     if for_programs:
         print(json.dumps(rows, indent=1, ensure_ascii=False))
     return rows
@@ -84,22 +84,22 @@ def bench(config: BenchConfig, arguments: Sequence[str]) -> list[dict[str, Any]]
 
 def _measure(
     config: BenchConfig, subjects: Sequence[Subject], points: Sequence[list[tuple[int, int]]], *, quiet: bool
-) -> list[Estimate]:
+) -> list[Measured]:
     """Measures each subject at its points, within max_time, with a progress bar."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from llmft.benchmarks.estimates import Estimate
     from llmft.benchmarks.measure import Case, run_case
+    from llmft.core.files import scratch_directory
 
-    folder = str(Path(config.output_dir).absolute())
     ends = time.monotonic() + seconds_of(config.max_time, "max_time")
-    estimates: list[Estimate] = []
+    measured: list[Measured] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True) as bar:
+    scratch = scratch_directory(Path(config.output_dir).absolute() / "bench")
+    with scratch as folder, Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True) as bar:
         task = bar.add_task("", total=sum(map(len, points)))
         for index, (subject, lengths) in enumerate(zip(subjects, points, strict=True)):
-            started = itertools.count(len(estimates))
+            started = itertools.count(len(measured))
 
             def report(status: str, label: str = subject.label, started: Iterator[int] = started) -> None:
                 bar.update(task, description=f"{label}: {status}", completed=next(started))
@@ -107,11 +107,11 @@ def _measure(
             share = max(1.0, (ends - time.monotonic()) / (len(subjects) - index))
             case = Case(subject.config, lengths, share, config.repeats, config.inference_rows, folder)
             results, about = run_case(case, report)
-            model, quantization = subject.config.model.label, subject.config.quantization.format.value
-            origin = (subject.weights, about.get("device", ""), about.get("precision", ""), subject.context_tokens)
-            estimates += [Estimate(model, quantization, *origin, result) for result in results]
-            bar.update(task, completed=len(estimates))
-    return estimates
+            about |= {"model": subject.config.model.label, "quantization": subject.config.quantization.format.value}
+            about |= {"weights": subject.weights, "context_tokens": subject.context_tokens}
+            measured += [replace(result, **about) for result in results]
+            bar.update(task, completed=len(measured))
+    return measured
 
 
 def subjects_of(config: BenchConfig, arguments: Sequence[str]) -> list[Subject]:

@@ -48,7 +48,9 @@ def blend(config: BlendConfig, *, quiet: bool = False) -> Path:
     parts = _parts(members, config)
     weights = blender.weights(values, references)
     out_of_fold = sets.joined(members, blender.out_of_fold(values, references, parts))
-    blended = {config.predictions: out_of_fold, **_other_sets(directories, config, weights, first.problem)}
+    recipe = sets.EnsembleRecipe(directories, weights.tolist(), method)
+    others = (other for other in sets.shared_names(directories) if other != config.predictions)
+    blended = {config.predictions: out_of_fold, **{other: recipe.combined(other) for other in others}}
     all_metrics = scores.score(out_of_fold, metrics)
     record = {
         **_record(blender, members, values, references, parts, weights, out_of_fold),
@@ -98,20 +100,6 @@ def _record(
         "correlation": _correlation(values),
         "rows": len(members[0].predictions.ids),
     }
-
-
-def _other_sets(directories: list[Path], config: BlendConfig, weights: Any, problem: str) -> dict[str, Any]:
-    """The members' other predictions, such as those of the test rows, blended with the same weights."""
-    from llmft.evaluation import blending
-    from llmft.evaluation import prediction_sets as sets
-
-    blended = {}
-    for name in sets.shared_names(directories):
-        if name != config.predictions:
-            members = sets.open_prediction_sets(directories, name)
-            values = blending.combine(sets.stack(members), weights, config.method, problem)
-            blended[name] = sets.joined(members, values)
-    return blended
 
 
 def _members(config: BlendConfig, screen: Any) -> list[Path]:

@@ -35,7 +35,7 @@ def report(config: ReportConfig, scores: list[str] | None = None) -> Any:
     from llmft.reports.run_selection import select_runs
     from llmft.reports.write import write_report
 
-    selection = select_runs(config.runs, config.sweep, Path(config.output_dir))
+    runs, sweep = select_runs(config.runs, config.sweep, Path(config.output_dir))
     scores_by_run = read_scores(config.lb) if config.lb is not None else {}
     for score in scores or []:
         name, equals, value = score.rpartition("=")
@@ -43,10 +43,9 @@ def report(config: ReportConfig, scores: list[str] | None = None) -> Any:
             raise ConfigError(f"lb.{score}: write lb.RUN=SCORE.")
         scores_by_run[name] = to_score(value, f"lb.{name}")
     page = write_report(
-        selection.runs,
-        Path(config.out) if config.out is not None else selection.directory,
-        sweep=selection.sweep,
-        logbook=selection.logbook,
+        runs,
+        Path(config.out) if config.out is not None else sweep or Path(config.output_dir) / "report",
+        sweep=sweep,
         leaderboard_scores=scores_by_run,
         clusters=config.clusters,
         mode=config.mode,

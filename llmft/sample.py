@@ -59,8 +59,7 @@ def sample(config: SampleConfig, *, quiet: bool = False) -> Path:
 
 
 def _show(screen: Any, report: dict[str, Any]) -> None:
-    from rich import box
-    from rich.table import Table
+    from llmft.core.console import text_table
 
     screen.print(
         f"{report['prompts']:,} prompts with {report['samples']} answers each: {report['duplicates']:.0%} repeat "
@@ -68,17 +67,10 @@ def _show(screen: Any, report: dict[str, Any]) -> None:
     )
     if "expected_best" not in report:
         return
-    best = Table(title="expected reward of the best of n", title_justify="left", box=box.SIMPLE_HEAD)
-    for n in range(1, len(report["expected_best"]) + 1):
-        best.add_column(str(n), justify="right")
-    best.add_row(*(f"{value:.3f}" for value in report["expected_best"]))
-    screen.print(best)
-    table = Table(box=box.SIMPLE_HEAD)
-    for title in ("temperature", "reward", "share of the best"):
-        table.add_column(title, justify="right")
-    for temperature, entry in report["temperatures"].items():
-        table.add_row(temperature, f"{entry['reward']:.3f}", f"{entry['picks']:.0%}")
-    screen.print(table)
+    best = {str(n): f"{value:.3f}" for n, value in enumerate(report["expected_best"], 1)}
+    screen.print(text_table(list(best), [list(best.values())], "expected reward of the best of n", left=()))
+    rows = [[t, f"{entry['reward']:.3f}", f"{entry['picks']:.0%}"] for t, entry in report["temperatures"].items()]
+    screen.print(text_table(["temperature", "reward", "share of the best"], rows, left=()))
     length = report["judge_against_length"]
     if length is not None:
         screen.print(f"Within a prompt the reward's correlation with the length is {length:+.2f}.")

@@ -39,11 +39,11 @@ def inference_hours(point: Measured, workload: Workload, outputs: int) -> float:
     return workload.batches * (point.prompt_s + (outputs - 1) * point.token_s) / 3600
 
 
-def max_output_tokens(point: Measured, workload: Workload, context_tokens: int | None) -> tuple[int, bool]:
+def max_output_tokens(point: Measured, workload: Workload) -> tuple[int, bool]:
     """(maximum tokens of an answer within the hours, whether the model's context is the limit)."""
     batch_s = 3600 * workload.hours / workload.batches
     within = 0 if batch_s < point.prompt_s else 1 + math.floor((batch_s - point.prompt_s) / point.token_s)
-    room = math.inf if context_tokens is None else context_tokens - point.input_tokens
+    room = math.inf if point.context_tokens is None else point.context_tokens - point.input_tokens
     return int(min(within, room)), within > room
 
 
@@ -52,56 +52,30 @@ def training_hours(point: Measured, workload: Workload) -> float:
     return workload.epochs * math.ceil(workload.rows / workload.batch_size) * point.step_s / 3600
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A measured point of a model, with its estimates."""
-
-    model: str
-    quantization: str
-    weights: str
-    device: str
-    precision: str
-    context_tokens: int | None
-    measured: Measured
-
-    def to_row(self, workload: Workload) -> dict[str, Any]:
-        """A row for JSON and CSV; without speeds if the measurement failed."""
-        point = self.measured
-        names = ("model", "quantization", "weights", "device", "precision")
-        row: dict[str, Any] = {name: getattr(self, name) for name in names}
-        row |= {"input_tokens": point.input_tokens, "output_tokens": point.output_tokens, "error": point.error or ""}
-        if point.error is not None:
-            return row
-        max_tokens, by_context = max_output_tokens(point, workload, self.context_tokens)
-        return row | {
-            "train_tokens_per_s": round(point.train_tokens_per_s, 1),
-            "prompt_tokens_per_s": round(point.prompt_tokens_per_s, 1),
-            "generated_tokens_per_s": round(point.generated_tokens_per_s, 1),
-            **{name: getattr(point, name) for name in ("step_s", "prompt_s", "token_s")},
-            "peak_gib": round(point.peak_bytes / 2**30, 3),
-            "max_output_tokens": max_tokens,
-            "ended_by": "context" if by_context else "time",
-            "inference_hours": inference_hours(point, workload, point.output_tokens),
-            "training_hours": training_hours(point, workload),
-            "micro_batch": point.micro_batch,
-            "repeats": point.repeats,
-            **{f"spread_{name}": round(value, 4) for name, value in point.spread.items()},
-        }
-
-    @property
-    def case(self) -> str:
-        """Model and number format as a label."""
-        return f"{self.model} {self.quantization}"
+def to_row(point: Measured, workload: Workload) -> dict[str, Any]:
+    """`point` with its estimates as a row for JSON and CSV; without speeds if the measurement failed."""
+    names = ("model", "quantization", "weights", "device", "precision", "input_tokens", "output_tokens")
+    row: dict[str, Any] = {name: getattr(point, name) for name in names} | {"error": point.error or ""}
+    if point.error is not None:
+        return row
+    max_tokens, by_context = max_output_tokens(point, workload)
+    return row | {
+        "train_tokens_per_s": round(point.train_tokens_per_s, 1),
+        "prompt_tokens_per_s": round(point.prompt_tokens_per_s, 1),
+        "generated_tokens_per_s": round(point.generated_tokens_per_s, 1),
+        **{name: getattr(point, name) for name in ("step_s", "prompt_s", "token_s")},
+        "peak_gib": round(point.peak_bytes / 2**30, 3),
+        "max_output_tokens": max_tokens,
+        "ended_by": "context" if by_context else "time",
+        "inference_hours": inference_hours(point, workload, point.output_tokens),
+        "training_hours": training_hours(point, workload),
+        "micro_batch": point.micro_batch,
+        "repeats": point.repeats,
+        **{f"spread_{name}": round(value, 4) for name, value in point.spread.items()},
+    }
 
 
 def as_csv(rows: Sequence[dict[str, Any]]) -> str:
     """`rows` as CSV with the union of their columns."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     return to_csv(columns, [[row.get(column, "") for column in columns] for row in rows])
-
-
-def hours(value: float) -> str:
-    """A duration in readable units."""
-    if value >= 1:
-        return f"{value:,.0f} h" if value >= 10 else f"{value:.1f} h"
-    return f"{60 * value:.1f} min" if value >= 1 / 60 else f"{3600 * value:.1f} s"

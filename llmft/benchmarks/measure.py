@@ -15,13 +15,15 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from llmft.config.sections import TrainConfig
 from llmft.core.errors import ConfigError, UserError
+from llmft.core.machine import die_with_parent, free_memory
 
 VARIATION = 0.1
 """Relative variation of prompt lengths between rows; rows of equal length would be 15% faster on a CPU."""
@@ -43,7 +45,7 @@ class Case:
         seconds: after this time no further point is started.
         repeats: measurements of each point after a warm-up.
         inference_rows: rows that are answered at once.
-        folder: directory for the temporary trainings.
+        folder: an existing directory for the temporary trainings.
     """
 
     config: TrainConfig
@@ -51,12 +53,12 @@ class Case:
     seconds: float
     repeats: int
     inference_rows: int
-    folder: str = "outputs"
+    folder: Path
 
 
 @dataclass
 class Measured:
-    """One measured point: medians, and the relative half range of the repeats.
+    """One measured point of a model: medians, and the relative half range of the repeats.
 
     Attributes:
         step_s: seconds of an optimizer step over the effective batch.
@@ -64,6 +66,7 @@ class Measured:
         token_s: seconds of each further token for all of them.
         peak_bytes: of the device's allocator, or of the process on a CPU.
         micro_batch: the limit of a micro-batch, and its gradient checkpointing, in words.
+        weights: "own", or "random" of the model's shape.
     """
 
     input_tokens: int
@@ -79,80 +82,81 @@ class Measured:
     spread: dict[str, float] = field(default_factory=dict)
     repeats: int = 0
     error: str | None = None
+    model: str = ""
+    quantization: str = ""
+    weights: str = ""
+    device: str = ""
+    precision: str = ""
+    context_tokens: int | None = None
+
+    @property
+    def case(self) -> str:
+        """Model and number format as a label."""
+        return f"{self.model} {self.quantization}"
 
 
-def run_case(case: Case, report: Callable[[str], None]) -> tuple[list[Measured], dict[str, str]]:
+def run_case(case: Case, report: Callable[[str], None]) -> tuple[list[Measured], dict[str, Any]]:
     """Measures the points of `case` in order; returns them with their device and precision.
 
     `report` is called with the current point. Raises ConfigError for what cannot be measured.
     """
     results = [Measured(*point, error="no time left") for point in case.points]
-    about: dict[str, str] = {}
-    started = time.monotonic()
-    context = multiprocessing.get_context("spawn")
-    process = None
+    about: dict[str, Any] = {}
+    started, pool = time.monotonic(), None
     try:
         for number, point in enumerate(case.points):
             if time.monotonic() - started > case.seconds:
                 break
             report(f"{point[0]} tokens in, {point[1]} out")
-            if process is None:
-                ours, theirs = context.Pipe()
-                process = context.Process(target=serve, args=(theirs, case))
-                process.start()
-                theirs.close()
+            pool = pool or ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), prepare_process)
             try:
-                ours.send(point)
-                if not ours.poll(GRACE * case.seconds + GRACE_S - (time.monotonic() - started)):
-                    break
-                answer = ours.recv()
-            except (EOFError, OSError):
-                process.join()
+                answer = pool.submit(measure_if_it_fits, case, *point)
+                left = GRACE * case.seconds + GRACE_S - (time.monotonic() - started)
+                results[number], about = answer.result(left) or (Measured(*point, error="does not fit"), about)
+            except TimeoutError:
+                break
+            except BrokenProcessPool:
+                (process,) = pool._processes.values()
+                pool.shutdown()  # waits for the end of the process
+                pool = None
                 if (code := process.exitcode or 0) >= 0:
                     raise RuntimeError(f"the measuring process ended with code {code}") from None
-                answer, process = None, None  # the kernel has killed it for want of memory
-            if isinstance(answer, Exception):
-                raise answer
-            if answer is None:
-                results[number].error = "does not fit"
-            else:
-                results[number], about = answer
+                # Killed by the kernel for want of memory, or a library crashed.
+                results[number].error = "does not fit" if code == -9 else f"ended by signal {-code}"
     finally:
-        if process is not None:
-            process.kill()
-            process.join()
+        if pool is not None:
+            for process in pool._processes.values():
+                process.kill()
+            pool.shutdown()
     return results, about
 
 
-def serve(connection: Connection, case: Case) -> None:
-    """Answers each received point with the result of `measure_if_it_fits`, or with an error to raise."""
+def prepare_process() -> None:
+    """Silences the measuring process, since its streams carry the caller's JSON and progress bar; ends it with ours."""
+    die_with_parent()
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     silence = os.open(os.devnull, os.O_WRONLY)
-    for stream in (1, 2):  # they carry the caller's JSON and progress bar
+    for stream in (1, 2):
         os.dup2(silence, stream)
+
+
+def measure_if_it_fits(case: Case, inputs: int, outputs: int) -> tuple[Measured, dict[str, str]] | None:
+    """The result of `measure`; None if memory does not suffice.
+
+    Raises ConfigError or RuntimeError, which unlike errors of libraries reach another process whole.
+    """
     from llmft.core.imports import load_libraries, quiet_warnings
+    from llmft.training.out_of_memory import is_out_of_memory
 
     try:
         with quiet_warnings():
             load_libraries()
-            while True:
-                connection.send(measure_if_it_fits(case, *connection.recv()))
-    except UserError as error:
-        connection.send(ConfigError(str(error)))
-    except Exception:
-        connection.send(RuntimeError(f"the measuring process failed:\n{traceback.format_exc()}"))
-
-
-def measure_if_it_fits(case: Case, inputs: int, outputs: int) -> tuple[Measured, dict[str, str]] | None:
-    """The result of `measure`; None if memory does not suffice."""
-    from llmft.core.machine import free_memory
-    from llmft.training.out_of_memory import is_out_of_memory
-
-    try:
-        return measure(case, inputs, outputs)
+            return measure(case, inputs, outputs)
     except Exception as error:
         if not is_out_of_memory(error) and not (isinstance(error, ConfigError) and "out of memory" in str(error)):
-            raise
+            if isinstance(error, UserError):
+                raise ConfigError(str(error)) from None
+            raise RuntimeError(f"the measuring process failed:\n{traceback.format_exc()}") from None
     free_memory()  # only now, since the error's frames kept memory alive
     return None
 
@@ -176,8 +180,7 @@ def measure(case: Case, inputs: int, outputs: int) -> tuple[Measured, dict[str, 
     located = locate(config.model)
     tokenizer = load_tokenizer(config.model, located)
     measured = Measured(inputs, outputs)
-    Path(case.folder).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="llmft-bench-", dir=case.folder) as folder:
+    with tempfile.TemporaryDirectory(dir=case.folder) as folder:
         rows = min(config.trainer.batch_size, max(1, MOST_TOKENS[device.type] // (inputs + outputs)))
         training = _short_training(config, Path(folder), tokenizer, measured, rows, case.repeats)
         trained = _train(training, measured, case.repeats)

@@ -12,16 +12,9 @@ from typing import Any
 from markupsafe import Markup
 from rich.markup import escape
 
-from llmft.benchmarks.estimates import (
-    Estimate,
-    Workload,
-    as_csv,
-    hours,
-    inference_hours,
-    max_output_tokens,
-    training_hours,
-)
-from llmft.core.console import text_table
+from llmft.benchmarks.estimates import Workload, as_csv, inference_hours, max_output_tokens, to_row, training_hours
+from llmft.benchmarks.measure import Measured
+from llmft.core.console import duration, text_table
 from llmft.core.errors import DiskError
 from llmft.core.files import write_atomically
 from llmft.reports.page import template
@@ -33,18 +26,18 @@ LABEL_DISTANCE = 15.0
 
 
 def write_estimates(
-    estimates: Sequence[Estimate], workload: Workload, root: Path, name: str, screen: Any
+    points: Sequence[Measured], workload: Workload, root: Path, name: str, screen: Any
 ) -> list[dict[str, Any]]:
     """Writes bench.json, bench.csv and bench.html below `root`, prints the table, and returns its rows.
 
     Raises DiskError where they cannot be written.
     """
-    rows, table = [a.to_row(workload) for a in estimates], [cells(a, workload) for a in estimates]
+    rows, table = [to_row(point, workload) for point in points], [cells(point, workload) for point in points]
     directory = root / slug(name)[:80]
     content = {
         "bench.json": json.dumps({"asked": vars(workload), "rows": rows}, indent=1, ensure_ascii=False),
         "bench.csv": as_csv(rows),
-        "bench.html": page(estimates, workload, name, table, remarks(estimates)),
+        "bench.html": page(points, workload, name, table, remarks(points)),
     }
     try:
         for file, words in content.items():
@@ -57,18 +50,17 @@ def write_estimates(
         f"tokens per second; medians ± half the range of the repeats. Tokens out, at most: {workload.samples:,} "
         f"samples in {workload.hours:g} hours, {workload.inference_rows} at once. Training: {workload.rows:,} rows x "
         f"{workload.epochs:g} epochs in batches of {workload.batch_size}, validations not counted.",
-        *map(escape, remarks(estimates)),
+        *map(escape, remarks(points)),
         f"[bold]figure[/bold]  {escape(str(directory / 'bench.html'))}, with bench.csv and bench.json",
     )
     return rows
 
 
-def cells(estimate: Estimate, workload: Workload) -> list[str]:
-    point = estimate.measured
-    head = [estimate.case, f"{point.input_tokens} + {point.output_tokens}"]
+def cells(point: Measured, workload: Workload) -> list[str]:
+    head = [point.case, f"{point.input_tokens} + {point.output_tokens}"]
     if point.error is not None:
         return [*head, point.error, *[""] * 5]
-    max_tokens, by_context = max_output_tokens(point, workload, estimate.context_tokens)
+    max_tokens, by_context = max_output_tokens(point, workload)
     speeds = {
         "train": point.train_tokens_per_s,
         "prompt": point.prompt_tokens_per_s,
@@ -79,15 +71,15 @@ def cells(estimate: Estimate, workload: Workload) -> list[str]:
         *(f"{value:,.0f} ±{100 * point.spread[name]:.0f}%" for name, value in speeds.items()),
         f"{point.peak_bytes / 2**30:.1f} GiB",
         f"{max_tokens:,}{' (context)' if by_context else ''}",
-        hours(training_hours(point, workload)),
+        duration(3600 * training_hours(point, workload)),
     ]
 
 
-def remarks(estimates: Sequence[Estimate]) -> list[str]:
-    random = dict.fromkeys(a.model for a in estimates if a.weights == "random")
-    measured = [a for a in estimates if a.measured.error is None]
-    devices = dict.fromkeys(f"{a.device}, {a.precision}" for a in measured)
-    sizes = {a.case: a.measured.micro_batch for a in measured}  # of the longest rows
+def remarks(points: Sequence[Measured]) -> list[str]:
+    random = dict.fromkeys(point.model for point in points if point.weights == "random")
+    measured = [point for point in points if point.error is None]
+    devices = dict.fromkeys(f"{point.device}, {point.precision}" for point in measured)
+    sizes = {point.case: point.micro_batch for point in measured}  # of the longest rows
     return [
         *(f"{name}: random weights of its shape, since its own are not here, at the same speed." for name in random),
         *(f"On {device}." for device in devices),
@@ -96,11 +88,11 @@ def remarks(estimates: Sequence[Estimate]) -> list[str]:
 
 
 def page(
-    estimates: Sequence[Estimate], workload: Workload, name: str, rows: Sequence[Sequence[str]], remarks: Sequence[str]
+    points: Sequence[Measured], workload: Workload, name: str, rows: Sequence[Sequence[str]], remarks: Sequence[str]
 ) -> str:
     """A self-contained HTML page with figures, a table of `rows`, and `remarks`."""
-    measured = [a for a in estimates if a.measured.error is None]
-    cases = {title: lines(list(group), workload) for title, group in groupby(measured, key=lambda a: a.case)}
+    measured = [point for point in points if point.error is None]
+    cases = {title: lines(list(group), workload) for title, group in groupby(measured, key=lambda point: point.case)}
     heights = [value for case in cases.values() for line in case.values() for _, value in line]
     figures = [(title, times(case, workload, title, [*heights, workload.hours])) for title, case in cases.items()]
     html: str = template("bench.html.jinja").render(
@@ -109,10 +101,10 @@ def page(
     return html
 
 
-def lines(estimates: Sequence[Estimate], workload: Workload) -> dict[int, list[tuple[int, float]]]:
+def lines(points: Sequence[Measured], workload: Workload) -> dict[int, list[tuple[int, float]]]:
     """input tokens -> [(output tokens, hours for all samples)] of the measured pairs."""
     by_inputs: dict[int, list[tuple[int, float]]] = {}
-    for point in (a.measured for a in estimates):
+    for point in points:
         value = inference_hours(point, workload, point.output_tokens)
         by_inputs.setdefault(point.input_tokens, []).append((point.output_tokens, value))
     return {inputs: sorted(line) for inputs, line in sorted(by_inputs.items())}
@@ -135,7 +127,7 @@ def times(case: dict[int, list[tuple[int, float]]], workload: Workload, title: s
         shapes = [tag("path", d=path(points), class_="line")] if len(points) > 1 else []
         shapes += [tag("circle", cx=px, cy=py, r=4, class_="point") for px, py in points]
         label = text(points[-1][0] + 8, ends[inputs] + 4, f"{inputs:,} in", class_="halo")
-        values = "; ".join(f"{outputs} out: {hours(value)}" for outputs, value in line)
+        values = "; ".join(f"{outputs} out: {duration(3600 * value)}" for outputs, value in line)
         style = f"series s{index % SERIES}"
         parts.append(tipped(tag("g", *shapes, label), f"{inputs:,} tokens in, {values}", class_=style))
     described = f"hours for {workload.samples:,} samples by length of the answer, one line per length of the question."

@@ -10,6 +10,7 @@ import torch
 from llmft.config.model import Precision
 from llmft.config.sections import TrainConfig
 from llmft.config.trainer import Checkpointing
+from llmft.core.console import duration
 from llmft.core.files import format_bytes
 from llmft.data.batch import Limit
 from llmft.data.examples import Examples
@@ -98,11 +99,7 @@ def cells(plan: dict[str, Any], available_hours: float | None) -> list[str]:
     size += ", checkpointing" if plan["gradient_checkpointing"] == "full" else ""
     number = "1" if plan["cards"] == 1 else f"{plan['cards']}, trainer=fsdp"
     lower, upper = plan["hours"]
-    time = f"{_duration(lower)} to {_duration(upper)}"
+    time = " to ".join(duration(3600 * max(hours, 1 / 60)) for hours in (lower, upper))
     if available_hours is not None:
         time += f", {'enough' if upper <= available_hours else 'perhaps' if lower <= available_hours else 'too long'}"
     return [plan["card"], plan["precision"], number, size, format_bytes(plan["peak"]), time]
-
-
-def _duration(hours: float) -> str:
-    return f"{max(1.0, hours * 60):.0f} min" if hours < 1 else f"{hours:.1f} h" if hours < 10 else f"{hours:,.0f} h"

@@ -110,6 +110,17 @@ def text_table(
     return table
 
 
+def duration(seconds: float) -> str:
+    """Text such as "4.2 s", "3 min 20 s", "2 h 05 min", "1,200 h"."""
+    if round(seconds, 1) < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02} s"
+    hours, rest = divmod(round(seconds / 60), 60)
+    return f"{hours} h {rest:02} min" if hours < 100 else f"{hours:,} h"
+
+
 class StepProgress:
     """A bar on a terminal; elsewhere a line every 30 s or 5% of the steps, whichever is later."""
 

@@ -36,10 +36,6 @@ class LlamaCpp:
         request = {"content": text, "add_special": False, "parse_special": True}
         return list(self._post("/tokenize", request)["tokens"])
 
-    def prompt(self, messages: list[dict[str, Any]]) -> str:
-        """`messages` rendered by the file's chat template."""
-        return str(self._post("/apply-template", {"messages": messages})["prompt"])
-
     def generate(self, ids: list[int], count: int) -> list[tuple[int, float | None]]:
         """(token, log-probability) of the greedy continuation of `ids`; None for tokens of partial characters."""
         request = {"prompt": ids, "n_predict": count, "temperature": 0, "n_probs": 1, "return_tokens": True}

@@ -11,12 +11,17 @@ from llmft.core.errors import ConfigError
 from llmft.data.prompt import PromptFormat
 
 _MARK = re.compile(r"\{%([-+]?)\s*(?:end)?generation\s*([-+]?)%\}")
+_ESCAPES = str.maketrans({"\\": "\\\\", "'": "\\'", "\n": "\\n"})
 
 PREPARE = """\
 {%- set prep = namespace(turns=[], system=SYSTEM, instruction=INSTRUCTION) -%}
 {%- if messages and messages[0]['role'] == 'system' -%}{%- set prep.system = '' -%}{%- endif -%}
+{%- if prep.system and not MERGE -%}
+{%- set prep.turns = [{'role': 'system', 'content': prep.system}] -%}
+{%- set prep.system = '' -%}
+{%- endif -%}
 {%- for message in messages -%}
-{%- if message['role'] == 'system' -%}
+{%- if message['role'] == 'system' and MERGE -%}
 {%- set prep.system = prep.system + JOINER + message['content'] if prep.system else message['content'] -%}
 {%- elif message['role'] == 'user' and (prep.system or prep.instruction) -%}
 {%- set text = prep.instruction + JOINER + message['content'] if prep.instruction else message['content'] -%}
@@ -30,24 +35,7 @@ PREPARE = """\
 {%- endfor -%}
 {%- set messages = prep.turns -%}
 """
-"""Applies `PromptFormat.prepare` to the messages before the format's own template."""
-
-NATIVE = """\
-{%- set prep = namespace(turns=[], instruction=INSTRUCTION) -%}
-{%- if SYSTEM and not (messages and messages[0]['role'] == 'system') -%}
-{%- set prep.turns = [{'role': 'system', 'content': SYSTEM}] -%}
-{%- endif -%}
-{%- for message in messages -%}
-{%- if message['role'] == 'user' and prep.instruction -%}
-{%- set prep.turns = prep.turns + [{'role': 'user', 'content': prep.instruction + JOINER + message['content']}] -%}
-{%- set prep.instruction = '' -%}
-{%- else -%}
-{%- set prep.turns = prep.turns + [message] -%}
-{%- endif -%}
-{%- endfor -%}
-{%- set messages = prep.turns -%}
-"""
-"""The same for a format with a native system prompt."""
+"""Applies `PromptFormat.prepare` to the messages before the format's own template; MERGE: without system turns."""
 
 
 def without_marks(template: str) -> str:
@@ -74,12 +62,11 @@ def exported_template(prompt: PromptConfig, tokenizer: Any) -> tuple[str, list[s
         notes.append(f"prompt={prompt.name} refuses a system prompt; the exported template puts it before the question")
     if role is SystemRole.native and not prompt.system and not prompt.instruction:
         return template, notes
-    values = {"SYSTEM": prompt.system or "", "INSTRUCTION": prompt.instruction or "", "JOINER": prompt.joiner}
-    before = NATIVE if role is SystemRole.native else PREPARE
-    for name, value in values.items():
-        escaped = value.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
-        before = before.replace(name, f"'{escaped}'")
-    return before.strip().replace("\n", "") + template, notes
+    texts = {"SYSTEM": prompt.system or "", "INSTRUCTION": prompt.instruction or "", "JOINER": prompt.joiner}
+    values = {name: f"'{text.translate(_ESCAPES)}'" for name, text in texts.items()}
+    values["MERGE"] = "false" if role is SystemRole.native else "true"
+    before = re.sub("|".join(values), lambda name: values[name[0]], PREPARE.replace("\n", ""))
+    return before + template, notes
 
 
 def _takes_system(template: str, tokenizer: Any) -> bool:

@@ -8,14 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.markup import escape
-from rich.table import Table
 
 from llmft.config.commands import PipelineConfig, SampleConfig
 from llmft.config.convert import digest_of
 from llmft.config.sections import TrainConfig
-from llmft.core.console import Screen
+from llmft.core.console import Screen, text_table
 from llmft.core.errors import RunBusy, StageFailed
 from llmft.core.files import exclusive_lock, write_json
 from llmft.pipelines.process import run_command
@@ -82,9 +80,7 @@ def _results_needed(stage: Stage, before: dict[str, Any]) -> dict[str, str]:
 
 def _show_plan(stages: Sequence[Stage], configs: Sequence[Any], before: dict[str, Any], screen: Screen) -> None:
     """Prints the stages with their amount of work, and how long they took before."""
-    table = Table(title="plan", title_justify="left", box=box.SIMPLE_HEAD)
-    for title in ("stage", "command", "needs", "work", "before"):
-        table.add_column(title, overflow="fold")
+    rows: list[list[str]] = []
     stale: set[str] = set()
     for stage, config in zip(stages, configs, strict=True):
         entry = before.get(stage.name)
@@ -94,9 +90,9 @@ def _show_plan(stages: Sequence[Stage], configs: Sequence[Any], before: dict[str
             stale.add(stage.name)
         state = "done, took" if done else "changed, took"
         took = f"{state} {entry['seconds']:.0f} s" if entry is not None else "new"
-        line = escape(" ".join([stage.command, *stage.overrides]))
-        table.add_row(stage.name, line, ", ".join(stage.needs), work_of(config), took)
-    screen.print(table)
+        line = " ".join([stage.command, *stage.overrides])
+        rows.append([stage.name, line, ", ".join(stage.needs), work_of(config), took])
+    screen.print(text_table(["stage", "command", "needs", "work", "before"], rows, "plan", range(5)))
 
 
 def work_of(config: Any) -> str:

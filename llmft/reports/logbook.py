@@ -81,9 +81,9 @@ def baseline_difference(study: Study) -> str:
     return ", ".join(common)
 
 
-def update_logbook(logbook: Path, sweeps: Path) -> None:
-    """Writes `logbook` from the entries of all sweeps below `sweeps`."""
-    logbook.parent.mkdir(parents=True, exist_ok=True)
+def update_logbook(sweeps: Path) -> None:
+    """Writes the logbook beside the directory `sweeps` from the entries of all sweeps in it."""
+    logbook = sweeps.with_name("LOGBOOK.md")
     with filelock.FileLock(logbook.with_name(f".{logbook.name}.lock"), timeout=60):
         entries = []
         for path in sorted(sweeps.glob(f"*/{ENTRY}")):

@@ -46,8 +46,6 @@ def template(name: str = "page.html.jinja") -> Any:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "describe_comparison": describe_comparison}
-    for part in ("style.html.jinja", "tips.html.jinja"):
-        environment.get_template(part)  # compiled now and cached
     return environment.get_template(name)
 
 

@@ -76,7 +76,6 @@ class RunRecord:
         self.tokens = round(sum(r["train/tokens_per_s"] * r["train/step_s"] for r in steps)) if steps else None
         peaks = [r["memory/peak_gib"] for r in timing if _is_number(r.get("memory/peak_gib"))]
         self.memory_gib: float | None = max(peaks, default=None)
-        self.energy_wh = _last(timing, "energy/total_wh")
         self.content = [str(_at(self.environment, name, "fingerprint") or "") for name in ("data", "model")]
         chance: Any = _at(self.result, "chance", "val")
         length: Any = self.result.get("length")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +11,11 @@ from llmft.reports.configurations import SweepRecord
 from llmft.reports.read import is_run
 
 
-@dataclass(frozen=True)
-class Selection:
-    """Run directories, their sweep if there is exactly one, and where the report and the logbook are written."""
+def select_runs(runs: Any, sweep: str | None, output_dir: Path) -> tuple[list[Path], Path | None]:
+    """(runs, sweep) that `runs` (paths and globs of run, sweep and output directories) and `sweep` name.
 
-    runs: list[Path]
-    sweep: Path | None
-    directory: Path
-    logbook: Path | None
-
-
-def select_runs(runs: Any, sweep: str | None, output_dir: Path) -> Selection:
-    """The runs that `runs` (paths and globs of run, sweep and output directories) and `sweep` name.
-
-    Without both, the newest sweep of `output_dir`, or else all its runs.
-    Raises ConfigError if nothing is found.
+    The runs of a sweep alone are left to its record. Without both, the newest sweep of `output_dir`, or else all its
+    runs. Raises ConfigError if nothing is found.
     """
     named = [str(item) for item in (runs if isinstance(runs, list) else [runs])] if runs else []
     expanded = {item: _expand(item) for item in named}
@@ -36,12 +25,12 @@ def select_runs(runs: Any, sweep: str | None, output_dir: Path) -> Selection:
         directory = next((path for path in (Path(sweep), in_output_dir) if is_sweep(path)), None)
         if directory is None:
             raise ConfigError(f"sweep={sweep}: no sweep.json there, nor in {in_output_dir}.")
-        return _of_sweep(directory, directories)
+        return directories, directory
     if not named:
         sweeps = [path for path in (output_dir / "sweeps").glob("*") if is_sweep(path)]
         if sweeps:
             newest = max(sweeps, key=lambda path: (str(SweepRecord(path).content.get("created") or ""), path.name))
-            return _of_sweep(newest, [])
+            return [], newest
         directories = _runs_below(output_dir / "runs")
         if not directories:
             raise ConfigError(f"output_dir={output_dir}: no sweeps and no runs there; name them with runs=[DIR,…].")
@@ -50,16 +39,11 @@ def select_runs(runs: Any, sweep: str | None, output_dir: Path) -> Selection:
         raise ConfigError(f"runs={nothing}: no run, sweep or output directory there.")
     sweeps = [path for _, below in expanded.values() for path in below]
     if len(sweeps) == 1 and not directories:
-        return _of_sweep(sweeps[0], [])
+        return [], sweeps[0]
     directories += [run for path in sweeps for run in SweepRecord(path).run_directories]
     if not directories:
         raise ConfigError(f"runs={','.join(named)}: none of the trials there has started.")
-    return Selection(list(dict.fromkeys(directories)), None, output_dir / "report", None)
-
-
-def _of_sweep(sweep: Path, runs: list[Path]) -> Selection:
-    sweeps = sweep.resolve().parent
-    return Selection(runs, sweep, sweep, sweeps.parent / "LOGBOOK.md" if sweeps.name == "sweeps" else None)
+    return list(dict.fromkeys(directories)), None
 
 
 def _expand(item: str) -> tuple[list[Path], list[Path]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from llmft.core.console import duration
 from llmft.reports.configurations import Configuration, Study
 from llmft.reports.curves import Diagnosis, Fit, summarize
 from llmft.reports.read import RunRecord
@@ -78,17 +79,6 @@ def replications(runs: Sequence[RunRecord]) -> str:
     return " x ".join(parts)
 
 
-def duration(seconds: float | None) -> str:
-    """Text such as "4.2 s", "3 min 20 s", "2 h 05 min"; empty for None."""
-    if seconds is None:
-        return ""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    if seconds < 3600:
-        return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
-    return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:02.0f} min"
-
-
 def count(value: float | None) -> str:
     """Text such as "12,034", "1.2 M"; empty for None."""
     if value is None:
@@ -116,7 +106,7 @@ def board_table(board: Sequence[BoardLine]) -> Table:
             spread_of(line),
             line.replications,
             number(line.best),
-            duration(line.seconds),
+            duration(line.seconds) if line.seconds is not None else "",
             count(line.tokens),
             count(line.tokens_per_s),
             f"{line.memory_gib:.1f} GiB" if line.memory_gib is not None else "",
@@ -131,14 +121,12 @@ def board_table(board: Sequence[BoardLine]) -> Table:
 
 def cost(study: Study) -> str:
     """The total cost of the runs in words."""
-    seconds, tokens, energy = (
-        [value for run in study.runs if (value := getattr(run, name)) is not None]
-        for name in ("seconds", "tokens", "energy_wh")
+    seconds, tokens = (
+        [value for run in study.runs if (value := getattr(run, name)) is not None] for name in ("seconds", "tokens")
     )
     parts = [f"{len(study.runs)} run{'s' if len(study.runs) != 1 else ''}"]
     parts += [f"{duration(sum(seconds))} in training and validation"] if seconds else []
     parts += [f"{count(sum(tokens))} tokens trained on"] if tokens else []
-    parts += [f"{sum(energy):.1f} Wh (measured in {len(energy)} runs)"] if energy else []
     return ", ".join(parts)
 
 
@@ -154,7 +142,7 @@ def markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 def results_csv(study: Study, board: Sequence[BoardLine]) -> str:
     """A line per run: configuration, values, replication, metrics, cost, command."""
     metrics = list(dict.fromkeys(name for run in study.runs for name in run.result["after"]))
-    columns = ["step", "seconds", "tokens", "memory_gib", "energy_wh", "command"]
+    columns = ["step", "seconds", "tokens", "memory_gib", "command"]
     head = ["place", "configuration", *study.keys, "seed", "fold", "run", "key", "status", *metrics, *columns]
     rank_of = {name: line.rank for line in board for name, *_ in line.commands}
     owners = {run.name: c for c in study.configurations for run in c.runs}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -22,15 +23,14 @@ def write_report(
     directory: Path,
     *,
     sweep: Path | None = None,
-    logbook: Path | None = None,
     leaderboard_scores: Mapping[str, float] | None = None,
     clusters: bool = True,
     mode: Mode = Mode.auto,
 ) -> Report:
     """Reads `runs` and those of `sweep` (a sweep's directory), compares them and writes the report to `directory`.
 
-    `logbook` is rewritten with this sweep's entry. `leaderboard_scores`: run name or key -> external score.
-    Incomplete, faulty and failed runs are listed with their problems.
+    A sweep in a directory `sweeps` gets an entry in the logbook next to that. `leaderboard_scores`: run name or key ->
+    external score. Incomplete, faulty and failed runs are listed with their problems.
 
     Raises ConfigError if the better direction of the metric is unknown and not given by `mode`;
     OSError if `directory` cannot be written.
@@ -44,9 +44,9 @@ def write_report(
     _write(directory / "report.md", markdown(report))
     _write(directory / "results.csv", results_csv(study, report.board))
     _write(directory / "verdicts.csv", verdicts_csv(report.verdicts))
-    if logbook is not None and sweep is not None:
-        _write(sweep / ENTRY, entry(report, logbook.parent))
-        update_logbook(logbook, sweep.parent)
+    if sweep is not None and (sweeps := Path(os.path.abspath(sweep)).parent).name == "sweeps":
+        _write(sweep / ENTRY, entry(report, sweeps.parent))
+        update_logbook(sweeps)
     return report
 
 

@@ -26,8 +26,7 @@ def write_sweep_report(sweep: Sweep, screen: Screen, *, has_new_results: bool) -
     With `has_new_results` (trials ran just now) a summary run is also logged to W&B.
     """
     runs = [trial.run.directory for trial in sweep.trials]
-    logbook = Path(sweep.config.output_dir) / "LOGBOOK.md"
-    report = write_report(runs, sweep.directory, sweep=sweep.directory, logbook=logbook)
+    report = write_report(runs, sweep.directory, sweep=sweep.directory)
     report.console(screen, failures=False)
     if has_new_results and sweep.config.logger.wandb.enabled:
         log_sweep(sweep, screen, report.html, report.verdicts.answer)

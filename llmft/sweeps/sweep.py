@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Sequence
 from typing import Any
 
-from rich import box
 from rich.markup import escape
-from rich.table import Table
 
-from llmft.core.console import Screen
+from llmft.core.console import Screen, text_table
 from llmft.core.errors import ConfigError, TrialsFailed
 from llmft.core.outcome import write_outcome
 from llmft.sweeps.more_seeds import Grid
@@ -37,26 +34,12 @@ def run_grid(planner: Planner, jobs: Sequence[Sequence[str]], fixed: Sequence[st
     missing = grid.missing()
     try:
         if missing:
-            if sweep.config.sweep.report:
-                threading.Thread(target=_import_report, daemon=True).start()
             supervisor.run(grid, check=missing, workers=supervisor.count_workers(missing, len(missing), grid=True))
         finish(sweep, screen, supervisor.stopped_because, has_new_results=bool(missing))
     except BaseException:
         sweep.write()
         raise
     return sweep
-
-
-def _import_report() -> None:
-    """Imports what the report needs, while the workers train and this process waits."""
-    import pyarrow.parquet  # noqa: F401
-    import scipy.special
-    import scipy.stats  # noqa: F401
-
-    import llmft.sweeps.answer  # noqa: F401
-    from llmft.reports.page import template
-
-    template()
 
 
 def run_elsewhere(planner: Planner, jobs: Sequence[Sequence[str]], fixed: Sequence[str], launcher: Any) -> Sweep:
@@ -130,12 +113,8 @@ def finish(sweep: Sweep, screen: Screen, stopped_because: str | None, *, has_new
 
 def show_failures(failed: Sequence[Trial], screen: Screen) -> None:
     """Prints the failed trials with the reason and a command that runs each alone."""
-    table = Table(title="trials without a result", title_justify="left", box=box.SIMPLE_HEAD)
-    for name in ("trial", "status", "why"):
-        table.add_column(name, overflow="fold")
-    for trial in failed:
-        table.add_row(escape(trial.label), trial.status, escape(trial.error or ""))
-    screen.print(table)
+    rows = [[trial.label, trial.status, trial.error or ""] for trial in failed]
+    screen.print(text_table(["trial", "status", "why"], rows, "trials without a result", range(3)))
     for trial in failed[:20]:
         log = f"log: {escape(str(trial.log))}; " if trial.log is not None and trial.log.exists() else ""
         screen.print(f"[bold]{escape(trial.label)}[/bold]  {log}alone:", f"  {escape(trial.command)}")

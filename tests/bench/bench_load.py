@@ -8,6 +8,7 @@ turn. Medians of the load and of the whole process with its imports; a parity li
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -80,8 +81,11 @@ def load(folder: Path, name: str, form: str, kind: str) -> dict[str, float]:
 def main() -> None:
     import torch
 
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
-    form = sys.argv[2] if len(sys.argv) > 2 else "nf4"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rounds", nargs="?", type=int, default=5)
+    parser.add_argument("format", nargs="?", default="nf4", help="of quantised weights")
+    options = parser.parse_args()
+    rounds, form = options.rounds, options.format
     print(platform.processor() or platform.machine(), json.dumps(versions()))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -7,10 +7,10 @@ A random Llama (hidden 256, 4 layers, 32,000 tokens) on two threads; both in tur
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import statistics
-import sys
 import time
 from typing import Any
 from unittest import mock
@@ -55,7 +55,10 @@ def timed(scores: LabelWordScorer, model: Any, batch: MicroBatch, *, shared: boo
 def main() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    rounds, prompt_tokens, rows = [*map(int, sys.argv[1:]), *(5, 700, 8)[len(sys.argv) - 1 :]]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("rounds", 5), ("prompt_tokens", 700), ("rows", 8)):
+        parser.add_argument(name, nargs="?", type=int, default=default)
+    rounds, prompt_tokens, rows = vars(parser.parse_args()).values()
     torch.set_num_threads(2)
     torch.manual_seed(0)
     shape = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 8}

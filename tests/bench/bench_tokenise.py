@@ -7,11 +7,11 @@ All three take the same rows (Alpaca's format, the Llama 2 tokenizer) on one thr
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -73,7 +73,9 @@ def trl(tokenizer: Any, texts: list[tuple[str, str]]) -> Callable[[], Any] | Non
 def main() -> None:
     from transformers import AutoTokenizer
 
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rounds", nargs="?", type=int, default=5)
+    rounds = parser.parse_args().rounds
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "tokenizers" / "llama2")
     tokenizer.pad_token = tokenizer.eos_token
     conversations, encoder, tokens = ours(tokenizer)

@@ -190,7 +190,7 @@ def test_a_bundle_with_its_wheels_predicts_in_an_empty_environment_without_netwo
     options = {"python": version, "platform": [f"manylinux_2_28_{machine.machine()}"], "accelerator": "cpu"}
     folder = tmp_path / "bundle"
     bundle(BundleConfig(run=str(two_runs[0]), to=str(folder), **options))
-    assert "predicts as the run does" in capsys.readouterr().out
+    assert "its predictions are the run's" in capsys.readouterr().out
     sizes = json.loads((folder / "bundle.json").read_text())["bytes"]
     written = sum(path.stat().st_size for path in (folder / "wheels").iterdir())
     assert written == pytest.approx(sizes["wheels"], rel=0.01)

@@ -18,7 +18,8 @@ NAMES = {path.stem: path for path in (ROOT / "conf" / "prompt").glob("*.yaml")}
 FORMATS = sorted(path for name, path in NAMES.items() if name not in ("native", "none"))
 TURNS = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two's  {% x %}."},
          {"role": "user", "content": "Three?"}]  # fmt: skip
-RULE, SYSTEM = {"instruction": "It's \\a\nrule:"}, {"system": "Be 'brief'."}
+RULE = {"instruction": "It's \\a\nrule:"}
+SYSTEM = {"system": "Be 'brief': SYSTEM, INSTRUCTION, JOINER and MERGE are words.", "instruction": "INSTRUCTION?"}
 
 
 @pytest.fixture(scope="module")

@@ -172,7 +172,7 @@ def test_the_logbook_gives_the_interval_with_the_verdict_and_the_metrics_with_th
 
     runs = [make_run(tmp_path, 1.0 + r / 50 + seed / 1000, lora__r=r, seed=seed) for r in (4, 8) for seed in range(3)]
     sweep = make_sweep(tmp_path, [trial(tmp_path, run, number) for number, run in enumerate(runs)])
-    write_report([], sweep, sweep=sweep, logbook=tmp_path / "LOGBOOK.md")
+    write_report([], sweep, sweep=sweep)
     text = (tmp_path / "LOGBOOK.md").read_text()
     assert "95% interval" in text.partition("**Verdict.**")[2]
     assert "exact_match 0.5000" in text.partition("**Result.**")[2]

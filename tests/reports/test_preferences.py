@@ -41,7 +41,7 @@ def written(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[bool, Any, 
         for seed in (0, 1)
     ]
     sweep = make_sweep(tmp_path, [trial(tmp_path, run, number) for number, run in enumerate(runs)], **MONITORED)
-    report = write_report([], sweep, sweep=sweep, logbook=tmp_path / "LOGBOOK.md")
+    report = write_report([], sweep, sweep=sweep)
     return request.param > 0, report, tmp_path
 
 

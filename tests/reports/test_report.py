@@ -197,7 +197,7 @@ def test_text_of_runs_is_escaped_and_secrets_are_masked_everywhere(tmp_path: Pat
     (failed / "run.json").write_text(json.dumps({"status": "failed", "error": evil, "command": evil}))
     runs.append(trial(tmp_path, failed, 2, status="failed", error=evil, overrides=[evil]))
     sweep = make_sweep(tmp_path, runs, question=evil, notes=evil, command=evil)
-    report = write_report([], sweep / "report", sweep=sweep, logbook=tmp_path / "LOGBOOK.md")
+    report = write_report([], sweep / "report", sweep=sweep)
     page = report.html.read_text()
     assert page.count("<script>") == 1
     assert "<img" not in page
@@ -213,7 +213,7 @@ def test_the_logbook_has_one_entry_per_sweep_newest_first_and_is_made_anew(grid:
     old = make_sweep(grid, trials, "old-1", question="Old?", created="2026-01-01 00:00:00")
     new = make_sweep(grid, trials, "new-2", question="New?", created="2026-02-01 00:00:00")
     for sweep in (new, old, new, old):
-        write_report([], sweep / "report", sweep=sweep, logbook=logbook)
+        write_report([], sweep / "report", sweep=sweep)
     text = logbook.read_text()
     assert text.count("**Question.**") == 2
     assert text.index("New?") < text.index("Old?")
@@ -223,10 +223,7 @@ def test_the_logbook_has_one_entry_per_sweep_newest_first_and_is_made_anew(grid:
     ]
     assert order == sorted(order)
     logbook.write_text("lost")
-    threads = [
-        threading.Thread(target=write_report, args=([], s / "report"), kwargs={"sweep": s, "logbook": logbook})
-        for s in (old, new)
-    ]
+    threads = [threading.Thread(target=write_report, args=([], s / "report"), kwargs={"sweep": s}) for s in (old, new)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -348,16 +345,13 @@ def test_leaderboard_scores_are_drawn_with_their_rank_correlation(grid: Path) ->
 
 def test_runs_are_found_by_glob_sweep_and_output_directory(grid: Path) -> None:
     runs = runs_of(grid)
-    assert select_runs([str(grid / "runs" / "4-*")], None, grid).runs == [
-        run for run in runs if run.name.startswith("4-")
-    ]
-    assert select_runs(str(grid), None, grid).runs == runs
-    assert select_runs(None, None, grid).runs == runs
+    of_rank_4 = [run for run in runs if run.name.startswith("4-")]
+    assert select_runs([str(grid / "runs" / "4-*")], None, grid) == (of_rank_4, None)
+    assert select_runs(str(grid), None, grid) == (runs, None)
+    assert select_runs(None, None, grid) == (runs, None)
     sweep = make_sweep(grid, [trial(grid, runs[0])])
-    inputs = select_runs(None, None, grid)
-    assert (inputs.sweep, inputs.directory, inputs.logbook) == (sweep, sweep, grid / "LOGBOOK.md")
-    assert select_runs(None, sweep.name, grid).sweep == sweep
-    assert select_runs([str(sweep)], None, grid).sweep == sweep
+    for named in ((None, None), (None, sweep.name), ([str(sweep)], None)):
+        assert select_runs(*named, grid) == ([], sweep)
     for wrong in ({"runs": ["nowhere*"]}, {"sweep": "none"}):
         with pytest.raises(ConfigError):
             select_runs(wrong.get("runs"), wrong.get("sweep"), grid)  # type: ignore[arg-type]
@@ -367,7 +361,7 @@ def test_a_moved_output_directory_keeps_its_sweeps(grid: Path, tmp_path_factory:
     make_sweep(grid, [trial(grid, run, i) for i, run in enumerate(runs_of(grid))])
     moved = tmp_path_factory.mktemp("moved") / "outputs"
     shutil.move(grid, moved)
-    assert len(Study([], select_runs(None, None, moved).sweep).configurations) == 2
+    assert len(Study(*select_runs(None, None, moved)).configurations) == 2
 
 
 def test_the_command_answers_without_torch_and_with_one_sentence_where_there_is_nothing(grid: Path) -> None:
