@@ -99,7 +99,7 @@ def cells(plan: dict[str, Any], available_hours: float | None) -> list[str]:
     size += ", checkpointing" if plan["gradient_checkpointing"] == "full" else ""
     number = "1" if plan["cards"] == 1 else f"{plan['cards']}, trainer=fsdp"
     lower, upper = plan["hours"]
-    time = " to ".join(duration(3600 * max(hours, 1 / 60)) for hours in (lower, upper))
+    time = " to ".join(duration(60 * max(1, round(60 * hours))) for hours in (lower, upper))
     if available_hours is not None:
         time += f", {'enough' if upper <= available_hours else 'perhaps' if lower <= available_hours else 'too long'}"
     return [plan["card"], plan["precision"], number, size, format_bytes(plan["peak"]), time]

@@ -111,14 +111,14 @@ def text_table(
 
 
 def duration(seconds: float) -> str:
-    """Text such as "4.2 s", "3 min 20 s", "2 h 05 min", "1,200 h"."""
+    """Text such as "4.2 s", "3 min 20 s", "2 h 05 min", "3 h", "1,200 h"."""
     if round(seconds, 1) < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
-        return f"{minutes} min {rest:02} s"
+        return f"{minutes} min" + (f" {rest:02} s" if rest else "")
     hours, rest = divmod(round(seconds / 60), 60)
-    return f"{hours} h {rest:02} min" if hours < 100 else f"{hours:,} h"
+    return f"{hours:,} h" + (f" {rest:02} min" if rest and hours < 100 else "")
 
 
 class StepProgress:

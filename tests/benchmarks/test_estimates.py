@@ -54,9 +54,9 @@ def test_the_longest_answer_is_the_last_that_fits_into_the_hours() -> None:
 def test_durations_are_shown_as_people_say_them() -> None:
     shown = {
         3.6: "3.6 s",
-        59.96: "1 min 00 s",
+        59.96: "1 min",
         200: "3 min 20 s",
-        3599.6: "1 h 00 min",
+        3599.6: "1 h",
         7500: "2 h 05 min",
         4.32e6: "1,200 h",
     }
