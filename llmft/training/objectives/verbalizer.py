@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from llmft.core.errors import ConfigError
 from llmft.data.batch import MicroBatch, send
@@ -99,10 +98,14 @@ class LabelWordScorer:
             inputs = ids[:, : prompts.max()]
             return logits_at(model, inputs, prompts.tolist(), (rows, prompts - 1)), rows[None]
         # The probes are answers to the prompt.
-        (probes,) = send([np.concatenate(self.probes)], ids.device)
-        padded = pad_sequence([torch.cat([row[:n], probes]) for row, n in zip(ids, prompts, strict=True)], True)
+        probes = np.concatenate(self.probes)
+        width = int(prompts.max()) + len(probes)
+        columns = prompts[:, None] + np.arange(len(probes))
+        at, tokens = send([(rows[:, None] * width + columns).reshape(-1), np.tile(probes, len(rows))], ids.device)
+        inputs = torch.nn.functional.pad(ids, (0, max(0, width - ids.shape[1])))[:, :width].clone(memory_format=torch.contiguous_format)
+        inputs.view(-1).index_copy_(0, at, tokens)
         lengths = [[prompt, *map(len, self.probes)] for prompt in prompts.tolist()]
-        arguments, spans = after_one_prompt(model, padded, lengths)
+        arguments, spans = after_one_prompt(model, inputs, lengths)
         positions: list[int] = []
         for node in self.nodes:
             depth = len(node.prefix)
