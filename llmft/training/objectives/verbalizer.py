@@ -102,7 +102,9 @@ class LabelWordScorer:
         width = int(prompts.max()) + len(probes)
         columns = prompts[:, None] + np.arange(len(probes))
         at, tokens = send([(rows[:, None] * width + columns).reshape(-1), np.tile(probes, len(rows))], ids.device)
-        inputs = torch.nn.functional.pad(ids, (0, max(0, width - ids.shape[1])))[:, :width].clone(memory_format=torch.contiguous_format)
+        inputs = ids.new_zeros(len(ids), width)
+        copied = min(width, ids.shape[1])
+        inputs[:, :copied] = ids[:, :copied]
         inputs.view(-1).index_copy_(0, at, tokens)
         lengths = [[prompt, *map(len, self.probes)] for prompt in prompts.tolist()]
         arguments, spans = after_one_prompt(model, inputs, lengths)
