@@ -108,8 +108,14 @@ def read_numbers(file: str) -> list[Published]:
     for name in COLUMNS[:2]:
         if name not in names.values():
             raise DataError(f"numbers={file}: the column `{name}` is missing.")
-    lines = [{names[name]: str(cell).strip() for name, cell in row.values.items()} for row in rows]
-    return [_published(line, row.where) for line, row in zip(lines, rows, strict=True) if any(line.values())]
+    published = []
+    for row in rows:
+        cells = {names[name]: "" if cell is None else str(cell).strip() for name, cell in row.values.items()}
+        if any(cells.values()):
+            published.append(_published(cells, row.where))
+    if not published:
+        raise DataError(f"numbers={file}: no numbers.")
+    return published
 
 
 def _published(line: dict[str, str], where: str) -> Published:
