@@ -92,7 +92,7 @@ class SearchConfig:
     conditions: dict[str, str] | None = None
 
     def __post_init__(self) -> None:
-        samplers = ("tpe", "random", "grid", "gp")
+        samplers = ("tpe", "random", "grid", "brute", "gp")
         pruners = ("none", "median", "successive_halving", "hyperband")
         for key, known in (("sampler", samplers), ("pruner", pruners)):
             value = getattr(self, key)

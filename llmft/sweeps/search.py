@@ -127,6 +127,5 @@ def show_best(search: Search, sweep: Sweep, screen: Screen) -> None:
     monitor = sweep.config.trainer.monitor
     over = f", mean of {search.num_seeds} seeds" if search.num_seeds > 1 else ""
     shown = " ".join(search.study.space.overrides(best.chosen))
-    count = len({candidate.first.key for candidate in search.candidates})
-    answer = f"best of {count} configurations: {monitor} {best.value:.4f}{over}"
+    answer = f"best of {len(search.candidates)} configurations: {monitor} {best.value:.4f}{over}"
     screen.print(f"{answer}  [bold]{escape(shown)}[/bold]", f"  {escape(best.first.command)}")

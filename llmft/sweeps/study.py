@@ -58,7 +58,7 @@ class OptunaStudy:
         optuna = import_optuna()
         self.settings = settings
         self.space = space
-        self.distributions = {parameter.key: parameter.distribution for parameter in space.parameters}
+        self.distributions = {parameter.key: parameter.distribution() for parameter in space.parameters}
         try:
             on_disk = optuna.storages.RDBStorage(f"sqlite:///{file.resolve()}")
             self._file = optuna.create_study(storage=on_disk, study_name=NAME, direction=direction, load_if_exists=True)
@@ -84,15 +84,19 @@ class OptunaStudy:
         return self._in_memory.get_trials(deepcopy=False)
 
     def ask(self, index: int) -> tuple[int, dict[str, Value]]:
-        """(number, values) of a new trial, for the configuration `index`; inactive parameters have values too."""
+        """(number, values) of a new trial, for the configuration `index`."""
         number = len(self.trials)
-        self._in_memory.sampler = make_sampler(self.settings, number)
+        self._in_memory.sampler = make_sampler(self.settings, self.space, number)
         self._in_memory.pruner = make_pruner(self.settings)
-        trial = self._in_memory.ask(self.distributions)
+        trial = self._in_memory.ask()
         assert trial.number == number
+        chosen: dict[str, Value] = {}
+        for parameter in self.space.parameters:
+            if self.space.active(parameter, chosen):
+                chosen[parameter.key] = parameter.suggest(trial)
         trial.set_user_attr("place", index)
         self._file.add_trial(self.trials[number])
-        return number, trial.params
+        return number, chosen
 
     def put(self, values: Mapping[str, Value], attributes: Mapping[str, Any]) -> int:
         """Adds a trial of given values; returns its number."""
@@ -146,13 +150,15 @@ class OptunaStudy:
 
 
 @_without_warnings()
-def make_sampler(settings: SearchConfig, number: int) -> Any:
+def make_sampler(settings: SearchConfig, space: Space, number: int) -> Any:
     """The sampler that suggests trial `number`."""
     samplers = import_optuna().samplers
     digest = hashlib.sha256(f"{settings.seed}/{number}".encode()).digest()
     seed = int.from_bytes(digest[:4], "big")
     if settings.sampler == "random":
         return samplers.RandomSampler(seed=seed)
+    if settings.sampler == "brute":
+        return samplers.BruteForceSampler(seed=seed)
     if settings.sampler == "gp":
         # Training a configuration again gives the same value, and seeds are averaged: the objective has no noise.
         return samplers.GPSampler(
@@ -162,7 +168,10 @@ def make_sampler(settings: SearchConfig, number: int) -> Any:
             independent_sampler=samplers.RandomSampler(seed=seed),
             warn_independent_sampling=False,
         )
-    return samplers.TPESampler(seed=seed, n_startup_trials=settings.startup_trials, multivariate=True)
+    conditional = any(parameter.condition for parameter in space.parameters)
+    return samplers.TPESampler(
+        seed=seed, n_startup_trials=settings.startup_trials, multivariate=True, group=conditional
+    )
 
 
 @_without_warnings()

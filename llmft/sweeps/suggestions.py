@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-from llmft.config.convert import to_plain
 from llmft.config.sweep import SearchConfig
 from llmft.sweeps.conditions import Value
 from llmft.sweeps.progress import SweepProgress
@@ -16,7 +15,7 @@ from llmft.sweeps.same_as_reference import same_as_reference_rule, validations
 from llmft.sweeps.space import wanted_trials
 from llmft.sweeps.study import OptunaStudy
 from llmft.sweeps.supervisor import BusyTrials
-from llmft.sweeps.trials import FINISHED, Sweep, Trial
+from llmft.sweeps.trials import Sweep, Trial
 
 
 @dataclass
@@ -51,6 +50,11 @@ class Candidate:
             return None
         return statistics.fmean(value for value in values if value is not None)
 
+    @property
+    def keys(self) -> list[str]:
+        """The keys of its runs."""
+        return [trial.key for trial in self.trials]
+
     def read_curve(self) -> None:
         """Reads the validations of the first seed from its run directory."""
         self.curve = validations(self.first.run.directory, self.first.config.trainer.monitor)
@@ -80,6 +84,7 @@ class Search:
         self.same_as_reference = same_as_reference_rule(sweep.config)
         self.workers = 1
         self.candidates: list[Candidate] = []
+        self.repeated = 0
         self.num_wanted, self.points = wanted_trials(settings, study.space)
         self._of: dict[int, Candidate] = {}
         self._busy = BusyTrials()
@@ -91,7 +96,7 @@ class Search:
         known = self.study.trials
         superseded = {trial.user_attrs.get("again") for trial in known}
         for trial in known:
-            if trial.number in superseded or "repeats" in trial.user_attrs:  # the latter in older studies
+            if trial.number in superseded or "repeats" in trial.user_attrs:
                 continue
             number, index, state = trial.number, trial.user_attrs["place"], trial.state.name
             if state == "FAIL":
@@ -101,6 +106,10 @@ class Search:
                 self._restore(candidate, trial.user_attrs["outcome"])
             else:
                 candidate.waiting = list(candidate.trials)
+                self._repeat(candidate)
+        repeated = sum("repeats" in trial.user_attrs for trial in known)
+        self.repeated += repeated
+        self.progress.ready += repeated * self.num_seeds
         self._record()
 
     def _restore(self, candidate: Candidate, outcome: list[dict[str, Any]]) -> None:
@@ -184,12 +193,7 @@ class Search:
                 if self._busy.has(trial):
                     continue
                 trial.status = "pending"
-                repeated = (t for t in self.sweep.trials if t.key == trial.key and t.status in FINISHED)
-                if (same := next(repeated, None)) is not None:
-                    trial.mark(same.status, same.error)
-                    trial.value, trial.seconds = same.value, same.seconds
-                is_new = same is None and trial.config.force
-                if trial is candidate.first and not trial.run.done and not is_new:
+                if trial is candidate.first and not trial.run.done and not trial.config.force:
                     self._judge_earlier(candidate)
                 candidate.waiting.remove(trial)
                 candidate.under_way.append(trial)
@@ -197,7 +201,7 @@ class Search:
         return None
 
     def _ask(self) -> None:
-        """Suggests one more configuration."""
+        """Suggests one more configuration; a repeated one gets its known value."""
         index = self.num_suggested
         if self.points is not None:
             chosen = self.points[index]
@@ -206,6 +210,23 @@ class Search:
             number, chosen = self.study.ask(index)
         candidate = self._candidate(number, index, chosen)
         candidate.waiting = list(candidate.trials)
+        self._repeat(candidate)
+
+    def _repeat(self, candidate: Candidate) -> None:
+        """Gives a configuration the known value of an earlier one with the same runs."""
+        equal = (other for other in self.candidates if other is not candidate and other.keys == candidate.keys)
+        repeated = next((c for c in equal if self.study.trials[c.number].state.name in ("COMPLETE", "PRUNED")), None)
+        if repeated is None:
+            return
+        self._drop(candidate, candidate.trials)
+        self.candidates.remove(candidate)
+        for step in sorted(repeated.curve):
+            candidate.curve[step] = repeated.curve[step]
+            self.study.judge(candidate.number, candidate.curve, step)
+        state = "COMPLETE" if repeated.value is not None else "PRUNED"
+        self.study.tell(candidate.number, state, repeated.value, {"repeats": repeated.number})
+        self.repeated += 1
+        self.progress.say(f"configuration {candidate.index + 1} repeats {repeated.index + 1}: its value is known")
 
     def _candidate(self, number: int, index: int, chosen: dict[str, Value]) -> Candidate:
         seeds: Sequence[int | None] = self.settings.seeds or [None]
@@ -230,7 +251,7 @@ class Search:
         The last one is judged when the run resumes, since only its process knows whether it ends there anyway.
         """
         candidate.read_curve()
-        for step in sorted(candidate.curve)[: None if candidate.first.status == "pruned" else -1]:
+        for step in sorted(candidate.curve)[:-1]:
             if (reason := self._judge(candidate, step)) is not None:
                 candidate.first.run.update(status="pruned", error=reason)
                 candidate.first.mark("pruned", reason)
@@ -262,9 +283,15 @@ class Search:
         keys = [parameter.key for parameter in self.study.space.parameters] + ["seed"] * bool(settings.seeds)
         overrides = [override.partition("=") for trial in self.sweep.trials for override in trial.overrides]
         self.sweep.swept = {key: list(dict.fromkeys(v for k, _, v in overrides if k == key)) for key in keys}
-        params = {parameter.key: parameter.text for parameter in self.study.space.parameters}
         self.sweep.extra["search"] = {
-            **to_plain(replace(settings, n_trials=self.num_wanted, params=params)),
+            "sampler": settings.sampler,
+            "pruner": settings.pruner,
+            "seed": settings.seed,
+            "seeds": settings.seeds,
+            "n_trials": self.num_wanted,
+            "repeated": self.repeated,
+            "space": {parameter.key: parameter.text for parameter in self.study.space.parameters},
+            "conditions": settings.conditions or {},
             "best": None if best is None else {"trial": best.first.number, "value": best.value},
         }
 

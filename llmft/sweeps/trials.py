@@ -94,9 +94,9 @@ class Trial:
         return trainer.devices != 1 or trainer.num_nodes != 1
 
     def finished_before(self) -> bool:
-        """Whether it is finished already, by an earlier run too; sets its status and value then."""
-        if self.status in FINISHED or self.config.force:
-            return self.status in FINISHED
+        """Whether an earlier run finished this trial; sets its status and value then."""
+        if self.config.force:
+            return False
         status = self.run.status()
         if self.run.done:
             self.status, self.value = "done", value_of(status, self.config.trainer.monitor)

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,22 +56,20 @@ RANK_AND_RATE = ("lora.r=choice(1,4,8)", "learning_rate.peak=tag(log,interval(1e
         ("lora.r=range(1,8,2)", [1, 3, 5, 7]),
         ("lora.r=int(interval(2,5))", [2, 3, 4, 5]),
         ("lora.dropout=range(0,0.3,0.1)", [0.0, 0.1, 0.2]),
-        ("learning_rate.peak=interval(1e-4,1e-2)", []),
+        ("learning_rate.peak=interval(1e-4,1e-2)", None),
     ],
 )
-def test_a_range_holds_what_hydra_says_it_holds(override: str, values: list[Any]) -> None:
+def test_a_range_holds_what_hydra_says_it_holds(override: str, values: list[Any] | None) -> None:
     (parameter,) = space_of(override).parameters
     listed = parameter.values()
-    assert listed == (pytest.approx(values) if float in map(type, values) else values)
-    assert [type(value) for value in listed] == [type(value) for value in values]
+    assert listed == (None if values is None else pytest.approx(values) if isinstance(values[0], float) else values)
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("lora.r=interval(8,1)", r"^lora\.r=interval\(8,1\): `low <= high` must hold"),
-        ("lora.r=tag(log,interval(0,1))", "`low > 0` must hold"),
-        ("lora.r=tag(log,range(1,9,2))", "accept step is 1"),
+        ("lora.r=interval(8,1)", "first number must be below"),
+        ("lora.r=tag(log,interval(0,1))", "starts above 0"),
         ("lora.r=range(5,5)", "the range is empty"),
         ("lora.r=tag(log,choice(1,2))", "log is for a range"),
         ("lora.r=tag(ln,interval(1,2))", "unknown tag ln"),
@@ -93,8 +90,6 @@ def test_a_range_that_makes_no_sense_is_refused(override: str, message: str) -> 
         ("lora.r == 8.0", "8", True),
         ("lora.r >= 8", 7, False),
         ("lora.r > 7 and lora.r <= 8", 8, True),
-        ("lora.r > 7", "none", False),
-        ("lora.r in ['8', 'a b']", 8, True),
         ("lora.r != sgd", "adamw", True),
     ],
 )
@@ -112,8 +107,6 @@ def test_a_conditional_parameter_exists_only_under_its_condition() -> None:
     space = space_of("lora.dropout=0.0,0.1", "lora.r=1,8", lora__dropout="lora.r == 8")
     points = [space.overrides(point) for point in space.combinations()]
     assert points == [["lora.r=1"], ["lora.r=8", "lora.dropout=0.0"], ["lora.r=8", "lora.dropout=0.1"]]
-    assert wanted_trials(SearchConfig(sampler="grid"), space)[0] == 3
-    assert space.overrides({"lora.r": "1", "lora.dropout": "0.1"}) == ["lora.r=1"]
 
 
 def test_conditions_that_nothing_meets_or_that_form_a_circle_are_refused() -> None:
@@ -182,7 +175,6 @@ class World:
         self.root, self.config, self.settings, self.space = root, config, settings, space
         self.clock, self.dies_at = 0, math.inf
         self.trained: list[str] = []
-        self.num_trained = 0
         self.fails: Callable[[str], bool] = lambda label: False
 
     def tick(self) -> None:
@@ -203,7 +195,6 @@ class World:
 
     def train(self, search: Search, trial: Trial) -> None:
         """Trains a trial as a worker and the supervisor would."""
-        self.num_trained += 1
         run, monitor = trial.run, self.config.trainer.monitor
         run.directory.mkdir(parents=True, exist_ok=True)
         lines = run.metrics_file.read_text().splitlines() if run.metrics_file.is_file() else []
@@ -321,45 +312,25 @@ def test_the_same_search_elsewhere_suggests_the_same_and_a_larger_one_goes_on(
     assert len(other.trained) == 5 * STEPS
 
 
-@pytest.mark.parametrize("force", [False, True])
-@pytest.mark.parametrize("pruning", [{}, {"pruner": "median", "pruner_startup_trials": 1}], ids=["whole", "pruned"])
 def test_a_suggestion_that_was_tried_before_gets_its_value_without_training(
-    pruning: dict[str, Any], force: bool, tmp_path: Path, config: TrainConfig
+    tmp_path: Path, config: TrainConfig
 ) -> None:
-    searched = world(
-        tmp_path / "w", replace(config, force=force), "lora.r=8,1", sampler="random", n_trials=6, **pruning
-    )
+    searched = world(tmp_path / "w", config, "lora.r=1,2", sampler="random", n_trials=6)
     search = searched.go()
-    states = {"lora.r=8": "COMPLETE", "lora.r=1": "PRUNED" if pruning else "COMPLETE"}
-    assert [trial.state.name for trial in search.study.trials] == [states[t.label] for t in search.sweep.trials]
-    assert searched.num_trained == len({trial.key for trial in search.sweep.trials}) == 2
-    alike: dict[str, list[Any]] = {}
-    for trial, stored in zip(search.sweep.trials, search.study.trials, strict=True):
-        alike.setdefault(trial.label, []).append((trial.status, trial.value, stored.value, stored.intermediate_values))
-    assert all(result == results[0] for results in alike.values() for result in results)
-    assert [len(results) for results in alike.values()] == [3, 3]
+    assert [trial.state.name for trial in search.study.trials] == ["COMPLETE"] * 6
+    assert len(searched.trained) == 2 * STEPS
+    assert len(search.sweep.trials) == 2
+    assert search.repeated == 4
     assert history(searched.go()) == history(search)
-    assert searched.num_trained == 2
 
 
-def test_a_grid_takes_every_combination_once(tmp_path: Path, config: TrainConfig) -> None:
-    searched = world(tmp_path / "w", config, "lora.r=1,4,8", "seed=0,1", sampler="grid")
+@pytest.mark.parametrize("sampler", ["grid", "brute"])
+def test_an_exhaustive_search_takes_every_combination_once(sampler: str, tmp_path: Path, config: TrainConfig) -> None:
+    searched = world(tmp_path / "w", config, "lora.r=1,4,8", "seed=0,1", sampler=sampler)
     labels = [trial.label for trial in searched.go().sweep.trials]
-    assert labels == [f"lora.r={rank} seed={seed}" for rank in (1, 4, 8) for seed in (0, 1)]
-
-
-@pytest.mark.parametrize("sampler", ["tpe", "random", "gp"])
-def test_a_search_of_conditional_ranges_leaves_inactive_ones_out(
-    sampler: str, tmp_path: Path, config: TrainConfig
-) -> None:
-    space = space_of("lora.dropout=interval(0,0.2)", "lora.r=1,8", RANK_AND_RATE[1], lora__dropout="lora.r == 8")
-    settings = SearchConfig(sampler=sampler, startup_trials=3, n_trials=8)
-    searched = World(tmp_path / "w", config, settings, space)
-    search = searched.go()
-    ranks = [trial.overrides[0] for trial in search.sweep.trials]
-    assert set(ranks) == {"lora.r=1", "lora.r=8"}
-    assert [len(trial.overrides) for trial in search.sweep.trials] == [2 + (rank == "lora.r=8") for rank in ranks]
-    assert history(searched.go()) == history(search)
+    everything = [f"lora.r={rank} seed={seed}" for rank in (1, 4, 8) for seed in (0, 1)]
+    assert sorted(labels) == everything
+    assert (labels == everything) == (sampler == "grid")
 
 
 def test_a_configuration_is_worth_the_mean_of_its_seeds(tmp_path: Path, config: TrainConfig) -> None:
