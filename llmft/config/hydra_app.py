@@ -16,9 +16,10 @@ from typing import Any
 from llmft.config.convert import explain_error, schema_fields, to_config
 from llmft.config.instantiate import trust
 from llmft.config.invocation import Invocation, arguments_for_hydra
-from llmft.config.overrides import chooses, config_directory, hydra_arguments, kinds_of
+from llmft.config.overrides import chooses, config_directory, hydra_arguments
 from llmft.config.renamed import RENAMED
 from llmft.config.sections import TrainConfig
+from llmft.config.sweep import SearchConfig
 from llmft.config.untrusted import check_config_directories
 from llmft.core.errors import ConfigError, Interrupted, UserError, did_you_mean, exit_with, first_line, nearest, report
 
@@ -203,14 +204,11 @@ def _unknown_key(key: str | None, schema: type, beside: Sequence[str] = ()) -> C
     """The sentence for a key that does not exist; `beside` are the keys of the same group."""
     if key is None:
         return ConfigError("an override names a key that does not exist; `--cfg job` prints all keys.")
-    from hydra.conf import HydraConf
-
-    keys = kinds_of(schema)
-    if key.startswith("hydra."):
-        keys = {known: kind for known, kind in keys.items() if known.startswith("hydra.")}
-        keys |= schema_fields(HydraConf, "hydra.")
+    keys = schema_fields(schema)
     if key in RENAMED:
         return ConfigError(f"{key} is now called {RENAMED[key]}.")
+    if key.startswith("hydra."):
+        return _unknown_setting(key)
     if beside and keys.get(key.partition(".")[0], "").startswith("dict["):  # a pipeline's stages, or keys of one
         return ConfigError(f"{key}: no such key; choose from {', '.join(beside)}.")
     if key in keys:
@@ -220,3 +218,15 @@ def _unknown_key(key: str | None, schema: type, beside: Sequence[str] = ()) -> C
         best = next((known for known in keys if known.rpartition(".")[2] == key.rpartition(".")[2]), None)
     hint = f"; did you mean {best}?" if best else "; `--cfg job` prints all keys."
     return ConfigError(f"{key}: no such key{hint}")
+
+
+def _unknown_setting(key: str) -> ConfigError:
+    if key.startswith("hydra.sweeper."):
+        options = [f"hydra.sweeper.{name}" for name in SearchConfig.__dataclass_fields__]
+        return ConfigError(f"{key}: no such key{did_you_mean(key, options)}")
+    from hydra.conf import HydraConf
+
+    parent, _, name = key.rpartition(".")
+    best = nearest(name, {*HydraConf.__dataclass_fields__} - {name}) if parent == "hydra" else None
+    hint = f"did you mean hydra.{best}?" if best else "`--cfg hydra` prints all keys."
+    return ConfigError(f"{key}: no such key; {hint}")

@@ -16,22 +16,23 @@ RUN_COLUMNS, SCORE_COLUMNS = ("run", "key", "name"), ("score", "lb", "leaderboar
 
 
 def read_scores(file: str) -> dict[str, float]:
-    """Scores by run from a csv with a column `run` (directory's name or key) and a column `score`.
+    """Scores by run from a table with a column `run` (directory's name or key) and a column `score`.
 
     Raises ConfigError for a missing file, DataError that names the line.
     """
-    rows = read_table(file, "lb")
-    head = list(rows[0].values)
-    run = next((name for name in head if name.strip().lower() in RUN_COLUMNS), None)
-    score = next((name for name in head if name.strip().lower() in SCORE_COLUMNS), None)
-    if run is None or score is None:
-        raise DataError(f"lb={file}: a column `run` and a column `score` are needed, not {', '.join(head)}.")
     scores: dict[str, float] = {}
-    for row in rows:
-        name = str(row.values[run]).strip()
+    for row in read_table(file, "lb"):
+        cells = {name.strip().lower(): cell for name, cell in row.values.items() if cell is not None}
+        run, score = (
+            next((cells[name] for name in names if name in cells), None) for names in (RUN_COLUMNS, SCORE_COLUMNS)
+        )
+        if run is None or score is None:
+            has = ", ".join(row.values)
+            raise DataError(f"{row.where}: a column `run` and a column `score` are needed; the row has {has}.")
+        name = str(run).strip()
         if name in scores:
             raise DataError(f"{row.where}: {name} has a score already.")
-        scores[name] = to_score(str(row.values[score]), row.where)
+        scores[name] = to_score(str(score), row.where)
     return scores
 
 

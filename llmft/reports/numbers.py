@@ -1,6 +1,6 @@
 """Verdicts on published numbers, such as those of a paper or a notebook: a mean, number of runs, their spread.
 
-A csv with the columns `configuration` and `value` (the mean over its runs), and optionally: `seeds` (number of runs of
+A table with columns `configuration` and `value` (the mean over its runs), and optionally: `seeds` (number of runs of
 the value, default 1), `sd` (standard deviation between runs; one line with it is enough), `sd_seeds` (number of runs on
 which sd was measured; default: the line's seeds, and for a single seed sd is taken as known), `comparison` (lines with
 the same value are compared), `metric` (what the value measures, such as accuracy, which gives the better direction).
@@ -99,18 +99,16 @@ def _sample(line: Published, spread: tuple[float, float] | None) -> Sample:
 
 
 def read_numbers(file: str) -> list[Published]:
-    """Reads the csv. Raises ConfigError for a missing file, DataError that names the line."""
-    rows = read_table(file, "numbers")
-    names = {name: name.strip().lower() for name in rows[0].values}
-    for name in names.values():
-        if name not in COLUMNS:
-            raise DataError(f"numbers={file}: no column is called '{name}'{did_you_mean(name, COLUMNS)}")
-    for name in COLUMNS[:2]:
-        if name not in names.values():
-            raise DataError(f"numbers={file}: the column `{name}` is missing.")
+    """Reads the table. Raises ConfigError for a missing file, DataError that names the line."""
     published = []
-    for row in rows:
-        cells = {names[name]: "" if cell is None else str(cell).strip() for name, cell in row.values.items()}
+    for row in read_table(file, "numbers"):
+        cells = {name.strip().lower(): "" if cell is None else str(cell).strip() for name, cell in row.values.items()}
+        for name in cells:
+            if name not in COLUMNS:
+                raise DataError(f"{row.where}: no column is called '{name}'{did_you_mean(name, COLUMNS)}")
+        for name in COLUMNS[:2]:
+            if name not in cells:
+                raise DataError(f"{row.where}: the column `{name}` is missing.")
         if any(cells.values()):
             published.append(_published(cells, row.where))
     if not published:

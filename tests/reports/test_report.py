@@ -338,6 +338,10 @@ def test_leaderboard_scores_are_drawn_with_their_rank_correlation(grid: Path) ->
     table.write_text(f"run,score\n{runs[0].name},0.7\n{runs[1].name},zero\n")
     with pytest.raises(DataError, match=r"lb\.csv:3: 'zero' is not a number"):
         report(ReportConfig(runs=[str(grid)], lb=str(table), out=str(grid / "out")))
+    for content, message in (("run,score\na,1\na,2\n", "3: a has a score already"), ("run\na\n", "2: a column `run`")):
+        table.write_text(content)
+        with pytest.raises(DataError, match=message):
+            report(ReportConfig(runs=[str(grid)], lb=str(table), out=str(grid / "out")))
     for key in ("lb", "numbers"):
         with pytest.raises(ConfigError, match=rf"^{key}=\S+none\.csv: no such file"):
             report(ReportConfig(runs=[str(grid)], out=str(grid / "out"), **{key: str(grid / "none.csv")}))

@@ -104,6 +104,12 @@ def test_rows_that_are_too_many_together_go_in_groups(monkeypatch: pytest.Monkey
     torch.testing.assert_close(forwards(model, batch)[0], expected_scores(model, batch), rtol=0, atol=1e-5)
 
 
+def test_one_class_is_certain() -> None:
+    model, batch = model_of("llama"), batch_of([9, 22])
+    with torch.no_grad():
+        assert LabelWordScorer(WORDS[:1])(model, batch).tolist() == [[0.0], [0.0]]
+
+
 def test_gradients_are_those_of_rows_that_are_read_again_for_every_word(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = model_of("llama"), batch_of([9, 22])
     model.requires_grad_(True)

@@ -21,12 +21,14 @@ from llmft.data.batch import MicroBatch, send
 from llmft.data.columns import Conversation
 from llmft.data.encode import Encoder
 from llmft.data.examples import IGNORE, Examples
+from llmft.model.families import base_of
 from llmft.model.heads import after_one_prompt
 from llmft.model.logits import logits_after, logits_at
+from llmft.model.sharding import is_sharded
 
 Path = tuple[int, ...]
 MOST_ATTENDED = 2**17
-"""Prompt tokens times probes that are computed together, since attention copies a prompt for each probe."""
+"""Prompt tokens times probes that a prediction computes together, since attention copies a prompt for each probe."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,10 @@ class LabelWordScorer:
     def __call__(self, model: Any, batch: MicroBatch) -> torch.Tensor:
         rows, columns = batch.positions
         prompts = columns[np.unique(rows, return_index=True)[1]] + 1
-        size = max(1, MOST_ATTENDED // (int(prompts.max()) * len(self.probes)))
+        size = len(prompts)
+        # All processes must take as many forwards in training, and always where each has a part of the weights.
+        if not torch.is_grad_enabled() and not is_sharded(base_of(model)):
+            size = max(1, MOST_ATTENDED // (int(prompts.max()) * max(1, len(self.probes))))
         parts = [
             self._scores(model, batch.input_ids[start : start + size], prompts[start : start + size])
             for start in range(0, len(prompts), size)
@@ -94,7 +99,7 @@ class LabelWordScorer:
     def _next_logits(self, model: Any, ids: torch.Tensor, prompts: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
         """(positions, vocabulary) logits, and the (nodes, rows) index of each prompt with a node's prefix in them."""
         rows = np.arange(len(prompts))
-        if self.probes == [()]:
+        if self.probes in ([], [()]):  # the words differ in their first tokens, or there is one word
             inputs = ids[:, : prompts.max()]
             return logits_at(model, inputs, prompts.tolist(), (rows, prompts - 1)), rows[None]
         # The probes are answers to the prompt.
