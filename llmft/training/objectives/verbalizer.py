@@ -75,10 +75,12 @@ class LabelWordScorer:
     def __call__(self, model: Any, batch: MicroBatch) -> torch.Tensor:
         rows, columns = batch.positions
         prompts = columns[np.unique(rows, return_index=True)[1]] + 1
+        if not self.nodes:  # a single class
+            return torch.zeros(len(prompts), self.num_classes, device=batch.input_ids.device)
         size = len(prompts)
         # All processes must take as many forwards in training, and always where each has a part of the weights.
         if not torch.is_grad_enabled() and not is_sharded(base_of(model)):
-            size = max(1, MOST_ATTENDED // (int(prompts.max()) * max(1, len(self.probes))))
+            size = max(1, MOST_ATTENDED // (int(prompts.max()) * len(self.probes)))
         parts = [
             self._scores(model, batch.input_ids[start : start + size], prompts[start : start + size])
             for start in range(0, len(prompts), size)
@@ -99,7 +101,7 @@ class LabelWordScorer:
     def _next_logits(self, model: Any, ids: torch.Tensor, prompts: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
         """(positions, vocabulary) logits, and the (nodes, rows) index of each prompt with a node's prefix in them."""
         rows = np.arange(len(prompts))
-        if self.probes in ([], [()]):  # the words differ in their first tokens, or there is one word
+        if self.probes == [()]:
             inputs = ids[:, : prompts.max()]
             return logits_at(model, inputs, prompts.tolist(), (rows, prompts - 1)), rows[None]
         # The probes are answers to the prompt.
