@@ -78,7 +78,7 @@ class LabelWordScorer:
         if not self.nodes:  # a single class
             return torch.zeros(len(prompts), self.num_classes, device=batch.input_ids.device)
         size = len(prompts)
-        # All processes must take as many forwards in training, and always where each has a part of the weights.
+        # All processes take the same number of forwards in training, and always where the weights are sharded.
         if not torch.is_grad_enabled() and not is_sharded(base_of(model)):
             size = max(1, MOST_ATTENDED // (int(prompts.max()) * len(self.probes)))
         parts = [
